@@ -1,0 +1,1 @@
+//! Atomic, hashed, resumable checkpoints.

@@ -1,0 +1,1 @@
+//! Checkpoint to the files other engines load, and back.

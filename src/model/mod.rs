@@ -1,0 +1,5 @@
+//! The decoder family.
+
+mod spec;
+
+pub use spec::{Activation, LinearKind, Norm, Spec};

@@ -1,0 +1,3 @@
+//! Differentiable primitives; knows tensors, not models.
+
+pub mod cpu;

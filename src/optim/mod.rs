@@ -1,0 +1,1 @@
+//! Optimizer rules, routing, schedules and clipping.

@@ -1,0 +1,1 @@
+//! Reverse-mode tape over candle tensors.
