@@ -1,0 +1,112 @@
+//! Root-mean-square normalization with an optional residual add. Zhang & Sennrich 2019, arXiv:1910.07467; one scalar gain: SSNorm, arXiv:2506.19697.
+//! s = x + residual;  y = g * n, n = r * s, r = 1/sqrt(mean(s^2) + eps);  ds = r * (g*dy - n * mean(g*dy*n)) + ds_out,  dg = sum_rows(dy*n)
+//! x, residual, s, y: [rows, groups * d]   g: [d] or [1]   each of the `groups` spans of a row is normalized by itself (heads of q and k)
+//! f32; row sums in 16 lanes with a fixed tree.
+
+use super::cpu::norm as kernel;
+use super::host::{self, buffer, from_vec, host};
+use crate::tape::{Tape, Var};
+use candle_core::{D, Result, Tensor};
+
+/// `y = norm(x)`, normalizing spans of `width` elements.
+pub fn norm<'a>(tape: &Tape<'a>, x: &Var, gain: &Var, width: usize, epsilon: f64) -> Result<Var> {
+    let (rows, total) = x.tensor().dims2()?;
+    let fused = tape.fuses(x.tensor());
+    let (y, saved) = if fused { forward(x.tensor(), gain.tensor(), width, epsilon)? } else { forward_reference(x.tensor(), gain.tensor(), width, epsilon)? };
+    let (x, gain) = (x.clone(), gain.clone());
+    let [y] = tape.record(&[&x.clone(), &gain.clone()], [y.reshape((rows, total))?], move |flow, [d_y]| {
+        let Some(d_y) = d_y else { return Ok(()) };
+        let (d_x, d_gain) = backward(fused, &d_y, None, x.tensor(), &saved, gain.tensor(), width)?;
+        flow.add(&gain, d_gain)?;
+        flow.add(&x, d_x.reshape((rows, total))?)
+    });
+    Ok(y)
+}
+
+/// `(s, y)` with `s = x + residual` and `y = norm(s)` over whole rows.
+pub fn add_norm<'a>(tape: &Tape<'a>, x: &Var, residual: &Var, gain: &Var, epsilon: f64) -> Result<(Var, Var)> {
+    let (rows, width) = x.tensor().dims2()?;
+    let fused = tape.fuses(x.tensor());
+    let sum = if fused { sum(x.tensor(), residual.tensor())? } else { (x.tensor() + residual.tensor())? };
+    let (y, saved) = if fused { forward(&sum, gain.tensor(), width, epsilon)? } else { forward_reference(&sum, gain.tensor(), width, epsilon)? };
+    let (x, residual, gain) = (x.clone(), residual.clone(), gain.clone());
+    let kept = sum.clone();
+    let inputs = [&x.clone(), &residual.clone(), &gain.clone()];
+    let [sum, y] = tape.record(&inputs, [sum, y], move |flow, [d_sum, d_y]| {
+        let Some(d_y) = d_y else {
+            let through = d_sum.expect("a step runs only with a gradient");
+            flow.add_shared(&x, &through)?;
+            return flow.add_shared(&residual, &through);
+        };
+        let (d_x, d_gain) = backward(fused, &d_y, d_sum.as_ref(), &kept, &saved, gain.tensor(), width)?;
+        flow.add(&gain, d_gain)?;
+        let d_x = d_x.reshape((rows, width))?;
+        flow.add_shared(&x, &d_x)?;
+        flow.add_shared(&residual, &d_x)
+    });
+    Ok((sum, y))
+}
+
+fn sum(x: &Tensor, residual: &Tensor) -> Result<Tensor> {
+    let (a, b) = (host(x)?, host(residual)?);
+    let mut total = a.to_vec();
+    super::cpu::elementwise::add(&mut total, &b);
+    from_vec(total, x.shape())
+}
+
+/// `(y, r)`.
+fn forward(x: &Tensor, gain: &Tensor, width: usize, epsilon: f64) -> Result<(Tensor, Tensor)> {
+    let spans = x.elem_count() / width;
+    let (mut y, mut scale) = (buffer(x.elem_count()), buffer(spans));
+    kernel::norm_forward(&*host(x)?, &*host(gain)?, width, epsilon as f32, &mut y, &mut scale);
+    Ok((from_vec(y, x.shape())?, from_vec(scale, (spans, 1))?))
+}
+
+fn forward_reference(x: &Tensor, gain: &Tensor, width: usize, epsilon: f64) -> Result<(Tensor, Tensor)> {
+    let spans = x.reshape(((), width))?;
+    let scale = (spans.sqr()?.mean_keepdim(D::Minus1)? + epsilon)?.powf(-0.5)?;
+    let y = spans.broadcast_mul(&scale)?.broadcast_mul(gain)?;
+    Ok((y.reshape(x.shape())?, scale))
+}
+
+/// `(dx, dgain)`; `incoming` is a gradient that reached the normalized value by another way.
+fn backward(
+    fused: bool,
+    d_y: &Tensor,
+    incoming: Option<&Tensor>,
+    x: &Tensor,
+    scale: &Tensor,
+    gain: &Tensor,
+    width: usize,
+) -> Result<(Tensor, Tensor)> {
+    if !fused {
+        return backward_reference(d_y, incoming, x, scale, gain, width);
+    }
+    let (mut d_x, mut d_gain) = (buffer(x.elem_count()), buffer(gain.elem_count()));
+    let incoming = incoming.map(host::host).transpose()?;
+    let (d_y, x, scale, gain_data) = (host(d_y)?, host(x)?, host(scale)?, host(gain)?);
+    kernel::norm_backward(&d_y, incoming.as_deref(), &x, &scale, &gain_data, width, &mut d_x, &mut d_gain);
+    Ok((from_vec(d_x, (x.len() / width, width))?, from_vec(d_gain, gain.shape())?))
+}
+
+fn backward_reference(
+    d_y: &Tensor,
+    incoming: Option<&Tensor>,
+    x: &Tensor,
+    scale: &Tensor,
+    gain: &Tensor,
+    width: usize,
+) -> Result<(Tensor, Tensor)> {
+    let d_y = d_y.reshape(((), width))?;
+    let normalized = x.reshape(((), width))?.broadcast_mul(scale)?;
+    let weighted = d_y.broadcast_mul(gain)?;
+    let projection = (&weighted * &normalized)?.mean_keepdim(D::Minus1)?;
+    let d_x = (weighted - normalized.broadcast_mul(&projection)?)?.broadcast_mul(scale)?;
+    let d_x = match incoming {
+        Some(incoming) => (d_x + incoming.reshape(((), width))?)?,
+        None => d_x,
+    };
+    let d_gain = (d_y * normalized)?.sum(0)?;
+    let d_gain = if gain.elem_count() == 1 { d_gain.sum_all()?.reshape(1)? } else { d_gain };
+    Ok((d_x, d_gain))
+}

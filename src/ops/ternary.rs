@@ -1,0 +1,107 @@
+//! Ternary linear maps that share one input, BitNet b1.58. Ma et al. 2024, arXiv:2402.17764.
+//! y_i = Q8(x) Q2(W_i)^T;  Q2(W) = alpha round(W / alpha) clipped to {-1, 0, 1} alpha, alpha = f16(mean|W|);  Q8(x) = round(127 x / gamma)
+//! gamma / 127 per row, gamma = max|x|;  straight-through: dx = sum_i dy_i Q2(W_i),  dW_i = dy_i^T Q8(x).
+//! x: [rows, in]   W_i: [out_i, in] f32 master   y_i: [rows, out_i]
+//! Products of codes are exact integers; the fused path is the engine's own kernel over the same packed bits.
+
+use super::cpu::ternary::{PackedTernary, dequantize_activations, quantize_activations, ternary_matmul};
+use super::host::{buffer, from_vec, host};
+use super::linear::{input_gradient, weight_gradient};
+use crate::tape::{Tape, Var};
+use candle_core::{DType, Result, Tensor};
+
+/// Ternary products of `x` with several weights.
+pub fn ternary_linears<'a, const N: usize>(tape: &Tape<'a>, x: &Var, weights: [&Var; N]) -> Result<[Var; N]> {
+    if tape.fuses(x.tensor()) { fused(tape, x, weights) } else { reference(tape, x, weights) }
+}
+
+/// One ternary product.
+pub fn ternary_linear<'a>(tape: &Tape<'a>, x: &Var, weight: &Var) -> Result<Var> {
+    let [y] = ternary_linears(tape, x, [weight])?;
+    Ok(y)
+}
+
+fn fused<'a, const N: usize>(tape: &Tape<'a>, x: &Var, weights: [&Var; N]) -> Result<[Var; N]> {
+    let (rows, width) = x.tensor().dims2()?;
+    let (mut codes, mut gammas) = (vec![0i8; rows * width], buffer(rows));
+    quantize_activations(&*host(x.tensor())?, width, &mut codes, &mut gammas);
+    let mut packed = Vec::with_capacity(N);
+    let mut outputs = Vec::with_capacity(N);
+    for weight in weights {
+        let out = weight.tensor().dim(0)?;
+        let matrix = PackedTernary::from_weights(&*host(weight.tensor())?, out, width);
+        let mut y = buffer(rows * out);
+        ternary_matmul(&codes, &gammas, &matrix, &mut y);
+        outputs.push(from_vec(y, (rows, out))?);
+        packed.push(matrix);
+    }
+    let outputs: [Tensor; N] = outputs.try_into().expect("one output per weight");
+    let mut inputs = vec![x];
+    inputs.extend(weights);
+    let (x, weights) = (x.clone(), weights.map(Clone::clone));
+    Ok(tape.record(&inputs, outputs, move |flow, gradients| {
+        let gradients = gradients.each_ref().map(Option::as_ref);
+        if x.needs_gradient() {
+            let dense = packed.iter().map(unpack).collect::<Result<Vec<_>>>()?;
+            flow.add(&x, input_gradient(&gradients, &dense.iter().collect::<Vec<_>>())?)?;
+        }
+        let mut rounded = buffer(rows * width);
+        dequantize_activations(&codes, &gammas, width, &mut rounded);
+        let rounded = from_vec(rounded, (rows, width))?;
+        for (weight, gradient) in weights.iter().zip(gradients) {
+            let Some(gradient) = gradient.filter(|_| weight.needs_gradient()) else { continue };
+            weight_gradient(flow, weight, gradient, &rounded)?;
+        }
+        Ok(())
+    }))
+}
+
+fn unpack(matrix: &PackedTernary) -> Result<Tensor> {
+    let mut dense = buffer(matrix.rows() * matrix.columns());
+    matrix.dequantize_into(&mut dense);
+    from_vec(dense, (matrix.rows(), matrix.columns()))
+}
+
+fn reference<'a, const N: usize>(tape: &Tape<'a>, x: &Var, weights: [&Var; N]) -> Result<[Var; N]> {
+    let (codes, step) = activation_codes(x.tensor())?;
+    let quantized = weights.iter().map(|w| weight_codes(w.tensor())).collect::<Result<Vec<_>>>()?;
+    let mut outputs = Vec::with_capacity(N);
+    for (weight, alpha) in &quantized {
+        outputs.push(codes.matmul(&weight.t()?)?.broadcast_mul(&step.broadcast_mul(alpha)?)?);
+    }
+    let outputs: [Tensor; N] = outputs.try_into().expect("one output per weight");
+    let mut inputs = vec![x];
+    inputs.extend(weights);
+    let (x, weights) = (x.clone(), weights.map(Clone::clone));
+    Ok(tape.record(&inputs, outputs, move |flow, gradients| {
+        let rounded = codes.broadcast_mul(&step)?;
+        for ((weight, gradient), (matrix, alpha)) in weights.iter().zip(gradients).zip(&quantized) {
+            let Some(gradient) = gradient else { continue };
+            flow.add(&x, gradient.matmul(&matrix.broadcast_mul(alpha)?)?)?;
+            flow.add(weight, gradient.t()?.matmul(&rounded)?)?;
+        }
+        Ok(())
+    }))
+}
+
+/// Rounds half to even: adding and removing 1.5 * 2^23 leaves no fraction bits for magnitudes below 2^22.
+fn round_half_even(x: &Tensor) -> Result<Tensor> {
+    const SHIFT: f64 = 12_582_912.0;
+    (x + SHIFT)? - SHIFT
+}
+
+/// Integer codes in -128..=127 (as floats) and the step `gamma / 127` per row, `[rows, 1]`.
+fn activation_codes(x: &Tensor) -> Result<(Tensor, Tensor)> {
+    let gamma = x.abs()?.max_keepdim(1)?.maximum(1e-5)?;
+    let inverse = (gamma.ones_like()? * 127.0)?.div(&gamma)?;
+    let codes = round_half_even(&x.broadcast_mul(&inverse)?)?.clamp(-128.0, 127.0)?;
+    Ok((codes, (gamma / 127.0)?))
+}
+
+/// Codes in {-1, 0, 1} (as floats) and alpha, `[1, 1]`.
+fn weight_codes(weight: &Tensor) -> Result<(Tensor, Tensor)> {
+    let mean = weight.to_dtype(DType::F64)?.abs()?.mean_all()?.to_dtype(DType::F32)?;
+    let alpha = mean.maximum(1e-5)?.to_dtype(DType::F16)?.to_dtype(DType::F32)?.reshape((1, 1))?;
+    let codes = round_half_even(&weight.broadcast_div(&alpha)?)?.clamp(-1.0, 1.0)?;
+    Ok((codes, alpha))
+}
