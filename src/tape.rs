@@ -21,6 +21,23 @@ enum Origin {
     Node(usize),
 }
 
+/// Where the gradient of a value goes, without the value: what a backward closure keeps of an input it need not read again.
+#[derive(Clone, Copy, Debug)]
+pub struct Target(Origin);
+
+impl Target {
+    /// Whether a gradient is wanted.
+    pub fn needs_gradient(self) -> bool {
+        self.0 != Origin::Constant
+    }
+}
+
+impl From<&Var> for Target {
+    fn from(var: &Var) -> Self {
+        Self(var.origin)
+    }
+}
+
 /// A tensor on a tape.
 #[derive(Clone, Debug)]
 pub struct Var {
@@ -46,7 +63,12 @@ impl Var {
 
     /// Whether a gradient flows into this value.
     pub fn needs_gradient(&self) -> bool {
-        self.origin != Origin::Constant
+        self.target().needs_gradient()
+    }
+
+    /// Where its gradient goes.
+    pub fn target(&self) -> Target {
+        Target(self.origin)
     }
 }
 
@@ -240,17 +262,17 @@ impl Flow<'_> {
     }
 
     /// Adds `gradient`, a freshly made tensor that nobody else holds, to that of `target`.
-    pub fn add(&mut self, target: &Var, gradient: Tensor) -> Result<()> {
-        self.add_slot(target, Slot { tensor: gradient, unique: true })
+    pub fn add(&mut self, target: impl Into<Target>, gradient: Tensor) -> Result<()> {
+        self.add_slot(target.into(), Slot { tensor: gradient, unique: true })
     }
 
     /// Adds `gradient`, which others may hold as well, to that of `target`.
-    pub fn add_shared(&mut self, target: &Var, gradient: &Tensor) -> Result<()> {
-        self.add_slot(target, Slot { tensor: gradient.clone(), unique: false })
+    pub fn add_shared(&mut self, target: impl Into<Target>, gradient: &Tensor) -> Result<()> {
+        self.add_slot(target.into(), Slot { tensor: gradient.clone(), unique: false })
     }
 
-    fn add_slot(&mut self, target: &Var, incoming: Slot) -> Result<()> {
-        match target.origin {
+    fn add_slot(&mut self, target: Target, incoming: Slot) -> Result<()> {
+        match target.0 {
             Origin::Constant => Ok(()),
             Origin::Parameter(index) => {
                 let (buffer, holds_sum) = self.gradients.slot(index);
@@ -271,8 +293,8 @@ impl Flow<'_> {
 
     /// Lets a fused kernel write the gradient of a parameter directly into its buffer: `write(elements, add_to_what_is_there)`.
     /// Returns false, without calling it, when `target` is not a parameter in main memory.
-    pub fn write_parameter(&mut self, target: &Var, write: impl FnOnce(&mut [f32], bool)) -> Result<bool> {
-        let Origin::Parameter(index) = target.origin else { return Ok(false) };
+    pub fn write_parameter(&mut self, target: impl Into<Target>, write: impl FnOnce(&mut [f32], bool)) -> Result<bool> {
+        let Origin::Parameter(index) = target.into().0 else { return Ok(false) };
         let (buffer, holds_sum) = self.gradients.slot(index);
         host::write(&buffer, |elements| write(elements, holds_sum))?;
         Ok(true)

@@ -1,5 +1,12 @@
-//! The decoder family.
+//! The decoder family: one forward pass, faces chosen by independent keys.
 
+mod config;
+mod decoder;
+pub mod init;
+mod params;
 mod spec;
 
+pub use config::{Config, Face};
+pub use decoder::{Decoder, Inputs, Observer, Site};
+pub use params::{GradientBuffers, Parameter, Parameters, Role};
 pub use spec::{Activation, LinearKind, Norm, Spec};

@@ -38,16 +38,17 @@ pub struct Loss {
 
 /// Cross-entropy of `x W^T` against `targets`.
 pub fn linear_cross_entropy<'a>(tape: &Tape<'a>, x: &Var, weight: &Var, targets: Targets<'_>) -> Result<Loss> {
+    let scale = targets.scale;
     let train = tape.records(&[x, weight]);
     let pass = if tape.fuses(x.tensor()) { fused(x.tensor(), weight, targets, train)? } else { reference(x.tensor(), weight, targets, train)? };
     let weighted_nll = pass.nll.iter().zip(targets.weights).map(|(&nll, &w)| f64::from(nll) * f64::from(w)).sum::<f64>();
-    let value = Tensor::new((weighted_nll * f64::from(targets.scale)) as f32, x.tensor().device())?;
+    let value = Tensor::new((weighted_nll * f64::from(scale)) as f32, x.tensor().device())?;
     let gradients = pass.gradients;
-    let (x, weight) = (x.clone(), weight.clone());
-    let [root] = tape.record(&[&x.clone(), &weight.clone()], [value], move |flow, _| {
+    let targets = [x.target(), weight.target()];
+    let [root] = tape.record(&[x, weight], [value], move |flow, _| {
         let Some((d_x, d_weight)) = gradients else { return Ok(()) };
-        flow.add(&weight, d_weight)?;
-        flow.add(&x, d_x)
+        flow.add(targets[1], d_weight)?;
+        flow.add(targets[0], d_x)
     });
     Ok(Loss { root, weighted_nll, nll: pass.nll })
 }

@@ -12,21 +12,21 @@ pub fn embedding<'a>(tape: &Tape<'a>, ids: &Arc<Vec<u32>>, table: &Var) -> Resul
     let (vocab, width) = table.tensor().dims2()?;
     let fused = tape.fuses(table.tensor());
     let output = if fused { gather(ids, table.tensor(), width)? } else { gather_reference(ids, table.tensor())? };
-    let (ids, table) = (ids.clone(), table.clone());
-    let [output] = tape.record(&[&table.clone()], [output], move |flow, [gradient]| {
+    let (ids, kept) = (ids.clone(), table.clone());
+    let [output] = tape.record(&[table], [output], move |flow, [gradient]| {
         let Some(gradient) = gradient else { return Ok(()) };
         if fused {
             let gradient = host(&gradient)?;
-            let done = flow.write_parameter(&table, |elements, accumulate| scatter(&ids, &gradient, width, elements, accumulate))?;
+            let done = flow.write_parameter(&kept, |elements, accumulate| scatter(&ids, &gradient, width, elements, accumulate))?;
             if done {
                 return Ok(());
             }
             let mut dense = buffer(vocab * width);
             scatter(&ids, &gradient, width, &mut dense, true);
-            return flow.add(&table, from_vec(dense, (vocab, width))?);
+            return flow.add(&kept, from_vec(dense, (vocab, width))?);
         }
         let index = Tensor::from_slice(&ids, ids.len(), gradient.device())?;
-        flow.add(&table, table.tensor().zeros_like()?.index_add(&index, &gradient, 0)?)
+        flow.add(&kept, kept.tensor().zeros_like()?.index_add(&index, &gradient, 0)?)
     });
     Ok(output)
 }

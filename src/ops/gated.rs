@@ -14,8 +14,9 @@ pub use super::cpu::gated::Gate as GateFunction;
 pub fn gated<'a>(tape: &Tape<'a>, function: Gate, gate: &Var, up: &Var) -> Result<Var> {
     let fused = tape.fuses(gate.tensor());
     let y = if fused { forward(function, gate.tensor(), up.tensor())? } else { (activate(function, gate.tensor())?.0 * up.tensor())? };
+    let inputs = [gate, up];
     let (gate, up) = (gate.clone(), up.clone());
-    let [y] = tape.record(&[&gate.clone(), &up.clone()], [y], move |flow, [d_y]| {
+    let [y] = tape.record(&inputs, [y], move |flow, [d_y]| {
         let Some(d_y) = d_y else { return Ok(()) };
         let (d_gate, d_up) =
             if fused { backward(function, gate.tensor(), up.tensor(), &d_y)? } else { backward_reference(function, gate.tensor(), up.tensor(), &d_y)? };

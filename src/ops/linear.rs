@@ -4,7 +4,7 @@
 
 use super::cpu::gemm::{Matrix, gemm};
 use super::host::{buffer, from_vec, host};
-use crate::tape::{Flow, Tape, Var};
+use crate::tape::{Flow, Tape, Target, Var};
 use candle_core::{Result, Tensor};
 
 /// `x W^T`.
@@ -33,7 +33,7 @@ pub fn linears<'a, const N: usize>(tape: &Tape<'a>, x: &Var, weights: [&Var; N])
         }
         for (weight, gradient) in weights.iter().zip(gradients) {
             let Some(gradient) = gradient.filter(|_| weight.needs_gradient()) else { continue };
-            if fused { weight_gradient(flow, weight, gradient, x.tensor())? } else { flow.add(weight, gradient.t()?.matmul(x.tensor())?)? }
+            if fused { weight_gradient(flow, weight.target(), gradient, x.tensor())? } else { flow.add(weight, gradient.t()?.matmul(x.tensor())?)? }
         }
         Ok(())
     }))
@@ -77,7 +77,7 @@ fn input_gradient_reference(gradients: &[Option<&Tensor>], weights: &[&Tensor]) 
 }
 
 /// dW = dy^T x, into the parameter's buffer when there is one.
-pub(super) fn weight_gradient(flow: &mut Flow<'_>, weight: &Var, gradient: &Tensor, x: &Tensor) -> Result<()> {
+pub(super) fn weight_gradient(flow: &mut Flow<'_>, weight: Target, gradient: &Tensor, x: &Tensor) -> Result<()> {
     let ((rows, out), (_, width)) = (gradient.dims2()?, x.dims2()?);
     let (gradient, x) = (host(gradient)?, host(x)?);
     let fill = |elements: &mut [f32], accumulate: bool| {

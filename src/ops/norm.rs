@@ -13,12 +13,12 @@ pub fn norm<'a>(tape: &Tape<'a>, x: &Var, gain: &Var, width: usize, epsilon: f64
     let (rows, total) = x.tensor().dims2()?;
     let fused = tape.fuses(x.tensor());
     let (y, saved) = if fused { forward(x.tensor(), gain.tensor(), width, epsilon)? } else { forward_reference(x.tensor(), gain.tensor(), width, epsilon)? };
-    let (x, gain) = (x.clone(), gain.clone());
-    let [y] = tape.record(&[&x.clone(), &gain.clone()], [y.reshape((rows, total))?], move |flow, [d_y]| {
+    let (x_kept, gain_kept) = (x.clone(), gain.clone());
+    let [y] = tape.record(&[x, gain], [y.reshape((rows, total))?], move |flow, [d_y]| {
         let Some(d_y) = d_y else { return Ok(()) };
-        let (d_x, d_gain) = backward(fused, &d_y, None, x.tensor(), &saved, gain.tensor(), width)?;
-        flow.add(&gain, d_gain)?;
-        flow.add(&x, d_x.reshape((rows, total))?)
+        let (d_x, d_gain) = backward(fused, &d_y, None, x_kept.tensor(), &saved, gain_kept.tensor(), width)?;
+        flow.add(&gain_kept, d_gain)?;
+        flow.add(&x_kept, d_x.reshape((rows, total))?)
     });
     Ok(y)
 }
@@ -29,20 +29,16 @@ pub fn add_norm<'a>(tape: &Tape<'a>, x: &Var, residual: &Var, gain: &Var, epsilo
     let fused = tape.fuses(x.tensor());
     let sum = if fused { sum(x.tensor(), residual.tensor())? } else { (x.tensor() + residual.tensor())? };
     let (y, saved) = if fused { forward(&sum, gain.tensor(), width, epsilon)? } else { forward_reference(&sum, gain.tensor(), width, epsilon)? };
-    let (x, residual, gain) = (x.clone(), residual.clone(), gain.clone());
-    let kept = sum.clone();
-    let inputs = [&x.clone(), &residual.clone(), &gain.clone()];
-    let [sum, y] = tape.record(&inputs, [sum, y], move |flow, [d_sum, d_y]| {
+    let (kept, targets, gain_kept) = (sum.clone(), [x.target(), residual.target()], gain.clone());
+    let [sum, y] = tape.record(&[x, residual, gain], [sum, y], move |flow, [d_sum, d_y]| {
         let Some(d_y) = d_y else {
             let through = d_sum.expect("a step runs only with a gradient");
-            flow.add_shared(&x, &through)?;
-            return flow.add_shared(&residual, &through);
+            return targets.iter().try_for_each(|&target| flow.add_shared(target, &through));
         };
-        let (d_x, d_gain) = backward(fused, &d_y, d_sum.as_ref(), &kept, &saved, gain.tensor(), width)?;
-        flow.add(&gain, d_gain)?;
+        let (d_x, d_gain) = backward(fused, &d_y, d_sum.as_ref(), &kept, &saved, gain_kept.tensor(), width)?;
+        flow.add(&gain_kept, d_gain)?;
         let d_x = d_x.reshape((rows, width))?;
-        flow.add_shared(&x, &d_x)?;
-        flow.add_shared(&residual, &d_x)
+        targets.iter().try_for_each(|&target| flow.add_shared(target, &d_x))
     });
     Ok((sum, y))
 }

@@ -13,10 +13,10 @@ use std::sync::Arc;
 pub fn rope<'a>(tape: &Tape<'a>, x: &Var, positions: &Arc<Vec<u32>>, table: &Arc<RopeTable>) -> Result<Var> {
     let fused = tape.fuses(x.tensor());
     let y = rotate(fused, x.tensor(), positions, table, false)?;
-    let (x, positions, table) = (x.clone(), positions.clone(), table.clone());
-    let [y] = tape.record(&[&x.clone()], [y], move |flow, [d_y]| {
+    let (target, positions, table) = (x.target(), positions.clone(), table.clone());
+    let [y] = tape.record(&[x], [y], move |flow, [d_y]| {
         let Some(d_y) = d_y else { return Ok(()) };
-        flow.add(&x, rotate(fused, &d_y, &positions, &table, true)?)
+        flow.add(target, rotate(fused, &d_y, &positions, &table, true)?)
     });
     Ok(y)
 }

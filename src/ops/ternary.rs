@@ -38,17 +38,17 @@ fn fused<'a, const N: usize>(tape: &Tape<'a>, x: &Var, weights: [&Var; N]) -> Re
     let outputs: [Tensor; N] = outputs.try_into().expect("one output per weight");
     let mut inputs = vec![x];
     inputs.extend(weights);
-    let (x, weights) = (x.clone(), weights.map(Clone::clone));
+    let (target, weights) = (x.target(), weights.map(|w| w.target()));
     Ok(tape.record(&inputs, outputs, move |flow, gradients| {
         let gradients = gradients.each_ref().map(Option::as_ref);
-        if x.needs_gradient() {
+        if target.needs_gradient() {
             let dense = packed.iter().map(unpack).collect::<Result<Vec<_>>>()?;
-            flow.add(&x, input_gradient(&gradients, &dense.iter().collect::<Vec<_>>())?)?;
+            flow.add(target, input_gradient(&gradients, &dense.iter().collect::<Vec<_>>())?)?;
         }
         let mut rounded = buffer(rows * width);
         dequantize_activations(&codes, &gammas, width, &mut rounded);
         let rounded = from_vec(rounded, (rows, width))?;
-        for (weight, gradient) in weights.iter().zip(gradients) {
+        for (weight, gradient) in weights.into_iter().zip(gradients) {
             let Some(gradient) = gradient.filter(|_| weight.needs_gradient()) else { continue };
             weight_gradient(flow, weight, gradient, &rounded)?;
         }
@@ -72,12 +72,12 @@ fn reference<'a, const N: usize>(tape: &Tape<'a>, x: &Var, weights: [&Var; N]) -
     let outputs: [Tensor; N] = outputs.try_into().expect("one output per weight");
     let mut inputs = vec![x];
     inputs.extend(weights);
-    let (x, weights) = (x.clone(), weights.map(Clone::clone));
+    let (target, weights) = (x.target(), weights.map(|w| w.target()));
     Ok(tape.record(&inputs, outputs, move |flow, gradients| {
         let rounded = codes.broadcast_mul(&step)?;
-        for ((weight, gradient), (matrix, alpha)) in weights.iter().zip(gradients).zip(&quantized) {
+        for ((weight, gradient), (matrix, alpha)) in weights.into_iter().zip(gradients).zip(&quantized) {
             let Some(gradient) = gradient else { continue };
-            flow.add(&x, gradient.matmul(&matrix.broadcast_mul(alpha)?)?)?;
+            flow.add(target, gradient.matmul(&matrix.broadcast_mul(alpha)?)?)?;
             flow.add(weight, gradient.t()?.matmul(&rounded)?)?;
         }
         Ok(())
