@@ -1,1 +1,3 @@
 //! Fused CPU kernels on plain slices.
+
+pub mod isa;
