@@ -6,13 +6,12 @@
 use super::{Activation, LinearKind, Parameters, Spec};
 use crate::error::Result;
 use crate::ops::attention::{AttentionShape, attention};
-use crate::ops::cpu::rope::RopeTable;
 use crate::ops::cross_entropy::{Loss, Targets, linear_cross_entropy};
 use crate::ops::embedding::embedding;
 use crate::ops::gated::{GateFunction, gated};
 use crate::ops::linear::linears;
 use crate::ops::norm::{add_norm, norm};
-use crate::ops::rope::rope;
+use crate::ops::rope::{RotaryTable, rope};
 use crate::ops::ternary::ternary_linears;
 use crate::tape::{Tape, Var};
 use candle_core::Tensor;
@@ -71,7 +70,7 @@ pub trait Observer {
 #[derive(Clone, Debug)]
 pub struct Decoder {
     spec: Spec,
-    rope: Arc<RopeTable>,
+    rope: Arc<RotaryTable>,
     checkpointing: bool,
 }
 
@@ -81,7 +80,7 @@ type Stream = [Var; 2];
 impl Decoder {
     /// A decoder of this shape; with `checkpointing`, blocks are evaluated again in the backward pass instead of being remembered.
     pub fn new(spec: Spec, checkpointing: bool) -> Self {
-        let rope = Arc::new(RopeTable::new(spec.context, spec.head_dim, spec.rope_theta));
+        let rope = Arc::new(RotaryTable::new(spec.head_dim, spec.rope_theta, spec.context));
         Self { spec, rope, checkpointing }
     }
 
