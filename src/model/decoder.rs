@@ -15,7 +15,6 @@ use crate::ops::rope::{RotaryTable, rope};
 use crate::ops::ternary::ternary_linears;
 use crate::tape::{Tape, Var};
 use candle_core::Tensor;
-use std::cell::RefCell;
 use std::sync::Arc;
 
 /// Token rows of equal length, packed documents marked by their starts.
@@ -63,7 +62,7 @@ pub enum Site {
 /// Looks at activations during evaluation and may replace them.
 pub trait Observer {
     /// Called with the activation at `site`; a returned tensor takes its place (evaluation only: it carries no gradient).
-    fn observe(&mut self, site: Site, value: &Tensor) -> Result<Option<Tensor>>;
+    fn observe(&self, site: Site, value: &Tensor) -> Result<Option<Tensor>>;
 }
 
 /// A model's shape with its rotary table.
@@ -106,7 +105,7 @@ impl Decoder {
         tape: &Tape<'a>,
         parameters: &Parameters,
         inputs: &Inputs,
-        observer: Option<&RefCell<&mut dyn Observer>>,
+        observer: Option<&dyn Observer>,
     ) -> Result<Var> {
         let pass = Pass { decoder: self, parameters, inputs, observer };
         let mut stream = pass.embed(tape)?;
@@ -135,7 +134,7 @@ struct Pass<'p> {
     decoder: &'p Decoder,
     parameters: &'p Parameters,
     inputs: &'p Inputs,
-    observer: Option<&'p RefCell<&'p mut dyn Observer>>,
+    observer: Option<&'p dyn Observer>,
 }
 
 impl Pass<'_> {
@@ -149,7 +148,7 @@ impl Pass<'_> {
 
     fn look(&self, site: Site, value: Var) -> Result<Var> {
         let Some(observer) = self.observer else { return Ok(value) };
-        let replacement = observer.borrow_mut().observe(site, value.tensor())?;
+        let replacement = observer.observe(site, value.tensor())?;
         Ok(replacement.map_or(value, Var::constant))
     }
 

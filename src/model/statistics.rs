@@ -9,6 +9,7 @@ use crate::ops::host::host;
 use candle_core::Tensor;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 
 /// Sums over the tokens seen at one site.
@@ -65,19 +66,19 @@ impl Moments {
 /// Collects [`Moments`] at every site of a forward pass.
 #[derive(Clone, Debug, Default)]
 pub struct Statistics {
-    sites: BTreeMap<Site, Moments>,
+    sites: RefCell<BTreeMap<Site, Moments>>,
 }
 
 impl Statistics {
     /// Moments by site.
-    pub fn sites(&self) -> &BTreeMap<Site, Moments> {
-        &self.sites
+    pub fn sites(&self) -> BTreeMap<Site, Moments> {
+        self.sites.borrow().clone()
     }
 
     /// Kurtosis of each state of the residual stream, embedding first.
     pub fn stream_kurtosis(&self) -> Vec<f64> {
         let stream = |(site, moments): (&Site, &Moments)| if let Site::Stream { .. } = site { Some(moments.kurtosis()) } else { None };
-        self.sites.iter().filter_map(stream).collect()
+        self.sites.borrow().iter().filter_map(stream).collect()
     }
 
     /// The headline figure: unweighted mean of [`Statistics::stream_kurtosis`].
@@ -97,19 +98,20 @@ impl Statistics {
     }
 
     fn largest(&self, wanted: impl Fn(&Site) -> bool, value: impl Fn(&Moments) -> f32) -> f32 {
-        self.sites.iter().filter(|(site, _)| wanted(site)).map(|(_, moments)| value(moments)).fold(0.0, f32::max)
+        self.sites.borrow().iter().filter(|(site, _)| wanted(site)).map(|(_, moments)| value(moments)).fold(0.0, f32::max)
     }
 }
 
 impl Observer for Statistics {
-    fn observe(&mut self, site: Site, value: &Tensor) -> Result<Option<Tensor>> {
+    fn observe(&self, site: Site, value: &Tensor) -> Result<Option<Tensor>> {
         let value = value.to_device(&candle_core::Device::Cpu)?;
         let width = value.dim(1)?;
         let rows = host(&value)?;
         // Rows are merged in order within fixed chunks and chunks in order, so the sums do not depend on the number of threads.
         let chunks: Vec<Moments> =
             rows.par_chunks(64 * width).map(|chunk| chunk.chunks(width).map(Moments::of_row).fold(Moments::default(), Moments::merge)).collect();
-        let total = self.sites.entry(site).or_default();
+        let mut sites = self.sites.borrow_mut();
+        let total = sites.entry(site).or_default();
         *total = chunks.into_iter().fold(*total, Moments::merge);
         Ok(None)
     }
@@ -138,7 +140,7 @@ mod tests {
         let mut stream = Stream::new(5, "kurtosis");
         let rows: Vec<f32> = (0..2000 * width).map(|_| stream.normal() as f32).collect();
         let tensor = Tensor::from_vec(rows, (2000, width), &candle_core::Device::Cpu).unwrap();
-        let mut statistics = Statistics::default();
+        let statistics = Statistics::default();
         statistics.observe(Site::Stream { layer: 0 }, &tensor).unwrap();
         let floor = statistics.kurtosis_mean();
         assert!((floor - 0.079).abs() < 0.008, "{floor}");

@@ -101,7 +101,7 @@ impl RoundActivations {
 }
 
 impl Observer for RoundActivations {
-    fn observe(&mut self, site: Site, value: &Tensor) -> Result<Option<Tensor>> {
+    fn observe(&self, site: Site, value: &Tensor) -> Result<Option<Tensor>> {
         let cache = self.scheme == Scheme::W4A4Kv4;
         let (span, change): (usize, fn(&mut [f32])) = match site {
             Site::AttentionInput { .. } | Site::MlpInput { .. } | Site::DownInput { .. } => (value.dim(1)?, round_span),

@@ -35,6 +35,21 @@ impl RotaryTable {
         Self { head_dim: 2 * frequencies.len(), cosines, sines }
     }
 
+    /// Width of the heads it turns.
+    pub fn head_dim(&self) -> usize {
+        self.head_dim
+    }
+
+    /// Cosines of the angles at `position`, [head_dim / 2].
+    pub fn cosines(&self, position: usize) -> &[f32] {
+        &self.cosines[position * self.head_dim / 2..][..self.head_dim / 2]
+    }
+
+    /// Sines of the angles at `position`, [head_dim / 2].
+    pub fn sines(&self, position: usize) -> &[f32] {
+        &self.sines[position * self.head_dim / 2..][..self.head_dim / 2]
+    }
+
     /// Number of positions the table covers.
     pub fn num_positions(&self) -> usize {
         self.cosines.len() / (self.head_dim / 2)
