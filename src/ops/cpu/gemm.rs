@@ -8,7 +8,7 @@
 //! rows computed together, or the instruction set: a token decoded alone gets the result it had in its batch.
 
 mod microkernel;
-mod pack;
+pub(super) mod pack;
 
 use super::isa::isa;
 use super::scratch::Scratch;

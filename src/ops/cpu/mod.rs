@@ -3,3 +3,4 @@
 pub mod gemm;
 pub mod isa;
 mod scratch;
+pub mod ternary;
