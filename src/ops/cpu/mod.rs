@@ -1,5 +1,6 @@
 //! Fused CPU kernels on plain slices.
 
+pub mod bench;
 pub mod gemm;
 pub mod isa;
 mod scratch;
