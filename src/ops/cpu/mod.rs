@@ -1,5 +1,6 @@
 //! Fused CPU kernels on plain slices.
 
+pub mod bench;
 pub mod cross_entropy;
 pub mod elementwise;
 pub mod gated;
@@ -10,5 +11,6 @@ pub mod norm;
 pub mod reduce;
 pub mod rope;
 mod scratch;
+pub mod ternary;
 #[cfg(test)]
 pub(crate) mod testing;
