@@ -14,5 +14,4 @@ pub mod linear;
 pub mod norm;
 pub mod rng;
 pub mod rope;
-#[cfg(any())]
 pub mod ternary;

@@ -5,7 +5,7 @@
 //! Reads and writes f32; a row's exponentials are summed in 16 f32 lanes, rows are summed in f64 in order.
 
 use super::math::{exp, ln};
-use super::reduce::{self, LANES, Lanes};
+use super::reduce::{self, LANES};
 use crate::multiversion;
 use rayon::prelude::*;
 
@@ -86,26 +86,20 @@ fn sums(weights: &[f32], nll: &[f32], lse: &[f32], z: f32) -> LossSums {
     total
 }
 
-/// exp(logit - max) of each logit, chunk by chunk into `visit`, and the chunks' sum. Padding lanes get -inf and so add 0.
-#[inline(always)]
-fn sum_of_exponentials(logits: &[f32], max: f32) -> f32 {
-    let mut lanes = [0.0; LANES];
-    let (chunks, tail) = logits.as_chunks::<LANES>();
-    let add = |lanes: Lanes, chunk: &Lanes| std::array::from_fn(|i| lanes[i] + exp(chunk[i] - max));
-    for chunk in chunks {
-        lanes = add(lanes, chunk);
-    }
-    if !tail.is_empty() {
-        lanes = add(lanes, &reduce::padded(tail, f32::NEG_INFINITY));
-    }
-    reduce::join(lanes, |a, b| a + b)
-}
+/// Logits whose exponentials are computed and then summed while they are in the first-level cache; whole chunks of lanes.
+const PIECE: usize = 64 * LANES;
 
 multiversion! {
     /// (nll, lse) of one row.
     fn measure_row(logits: &[f32], target: usize) -> (f32, f32) {
         let max = reduce::max(logits);
-        let log_sum = ln(sum_of_exponentials(logits, max));
+        let (mut lanes, mut exponentials) = ([0.0; LANES], [0.0; PIECE]);
+        for piece in logits.chunks(PIECE) {
+            let exponentials = &mut exponentials[..piece.len()];
+            exponentials.iter_mut().zip(piece).for_each(|(exponential, logit)| *exponential = exp(logit - max));
+            lanes = reduce::add_to(lanes, exponentials);
+        }
+        let log_sum = ln(reduce::join(lanes, |a, b| a + b));
         (log_sum + (max - logits[target]), max + log_sum)
     }
 }
@@ -116,15 +110,9 @@ multiversion! {
         let max = reduce::max(logits);
         let gap = max - logits[target];
         let mut lanes = [0.0; LANES];
-        let (chunks, tail) = logits.as_chunks_mut::<LANES>();
-        for chunk in chunks {
-            *chunk = chunk.map(|logit| exp(logit - max));
-            lanes = std::array::from_fn(|i| lanes[i] + chunk[i]);
-        }
-        if !tail.is_empty() {
-            let chunk = reduce::padded(tail, f32::NEG_INFINITY).map(|logit| exp(logit - max));
-            tail.copy_from_slice(&chunk[..tail.len()]);
-            lanes = std::array::from_fn(|i| lanes[i] + chunk[i]);
+        for piece in logits.chunks_mut(PIECE) {
+            piece.iter_mut().for_each(|logit| *logit = exp(*logit - max));
+            lanes = reduce::add_to(lanes, piece);
         }
         let sum = reduce::join(lanes, |a, b| a + b);
         let log_sum = ln(sum);
@@ -159,7 +147,7 @@ mod tests {
 
     #[test]
     fn loss_and_gradient_match_the_reference() {
-        for vocabulary in [1, 15, 16, 33, 101] {
+        for vocabulary in [1, 15, 16, 33, 101, 1025] {
             let tokens = [0, 7, u32::MAX, 100].map(|t: u32| if t == u32::MAX { t } else { t % vocabulary as u32 });
             let targets = Targets { tokens: &tokens, weights: &[1.0, 0.5, 0.0, 2.0] };
             let logits = wide(1, 4 * vocabulary);

@@ -4,7 +4,7 @@
 //! x, s, y: [rows, d]   g: [d] or [1]   r: [rows]   d width: the model's, or a head's for QK-norm (rows = tokens * heads)
 //! Reads, accumulates and writes f32.
 
-use super::reduce::{self, LANES};
+use super::reduce;
 use crate::multiversion;
 use rayon::prelude::*;
 
@@ -110,21 +110,6 @@ multiversion! {
     }
 }
 
-/// One row's mean(g*dy*n) * r in fixed lanes; `gains` yields the gain of each chunk.
-#[inline(always)]
-fn projection(dy: &[f32], sum: &[f32], gain: &[f32], rstd: f32) -> f32 {
-    let mut lanes = [0.0; LANES];
-    for (i, (dy, sum)) in dy.chunks(LANES).zip(sum.chunks(LANES)).enumerate() {
-        let gain = match gain {
-            [gain] => [*gain; LANES],
-            _ => reduce::padded(&gain[i * LANES..i * LANES + dy.len()], 0.0),
-        };
-        let (dy, sum) = (reduce::padded(dy, 0.0), reduce::padded(sum, 0.0));
-        lanes = std::array::from_fn(|i| (gain[i] * dy[i]).mul_add(sum[i], lanes[i]));
-    }
-    reduce::join(lanes, |a, b| a + b) * rstd / dy.len() as f32 * rstd
-}
-
 multiversion! {
     fn backward_rows(
         width: usize, dy: &[f32], incoming: &[f32], sum: &[f32], rstd: &[f32], gain: &[f32], dx: &mut [f32], d_gain: &mut [f32],
@@ -132,16 +117,20 @@ multiversion! {
         for (row, rstd) in rstd.iter().enumerate() {
             let elements = row * width..(row + 1) * width;
             let (dy, sum, dx) = (&dy[elements.clone()], &sum[elements.clone()], &mut dx[elements.clone()]);
-            let projection = projection(dy, sum, gain, *rstd);
-            let slope = |dy: f32, sum: f32, gain: f32| (gain * dy - sum * projection) * rstd;
+            // n * mean(g*dy*n) = sum * projection.
+            let project = |dot: f32| dot * rstd / width as f32 * rstd;
             match (gain, &mut *d_gain) {
                 ([gain], [d_gain]) => {
-                    dx.iter_mut().zip(dy).zip(sum).for_each(|((dx, dy), sum)| *dx = slope(*dy, *sum, *gain));
-                    *d_gain = reduce::dot(dy, sum).mul_add(*rstd, *d_gain);
+                    let dot = reduce::dot(dy, sum);
+                    let projection = project(gain * dot);
+                    dx.iter_mut().zip(dy).zip(sum).for_each(|((dx, dy), sum)| *dx = (gain * dy - sum * projection) * rstd);
+                    *d_gain = dot.mul_add(*rstd, *d_gain);
                 }
                 (gain, d_gain) => {
-                    for ((((dx, dy), sum), gain), d_gain) in dx.iter_mut().zip(dy).zip(sum).zip(gain).zip(d_gain) {
-                        *dx = slope(*dy, *sum, *gain);
+                    let projection = project(reduce::weighted_dot(gain, dy, sum));
+                    let outputs = dx.iter_mut().zip(d_gain);
+                    for ((((dx, d_gain), dy), sum), gain) in outputs.zip(dy).zip(sum).zip(gain) {
+                        *dx = (gain * dy - sum * projection) * rstd;
                         *d_gain = (sum * rstd).mul_add(*dy, *d_gain);
                     }
                 }

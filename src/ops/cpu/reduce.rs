@@ -32,11 +32,10 @@ pub fn padded(tail: &[f32], filler: f32) -> Lanes {
     lanes
 }
 
-/// Folds `x` into lanes that start at `start`; `filler` must leave a lane as it is.
+/// Folds `x` into `lanes`; `filler` must leave a lane as it is.
 #[inline(always)]
-fn fold(x: &[f32], start: f32, filler: f32, operation: impl Fn(f32, f32) -> f32) -> Lanes {
+fn fold(mut lanes: Lanes, x: &[f32], filler: f32, operation: impl Fn(f32, f32) -> f32) -> Lanes {
     let (chunks, tail) = x.as_chunks::<LANES>();
-    let mut lanes = [start; LANES];
     for chunk in chunks {
         lanes = std::array::from_fn(|i| operation(lanes[i], chunk[i]));
     }
@@ -67,7 +66,13 @@ fn fold_pairs(x: &[f32], y: &[f32], operation: impl Fn(f32, f32, f32) -> f32) ->
 /// Sum of the elements; 0 for none.
 #[inline(always)]
 pub fn sum(x: &[f32]) -> f32 {
-    join(fold(x, 0.0, 0.0, |lane, x| lane + x), |a, b| a + b)
+    join(add_to([0.0; LANES], x), |a, b| a + b)
+}
+
+/// Lanes of a sum continued over `x`, whose first element belongs to lane 0: for rows that are produced piece by piece.
+#[inline(always)]
+pub fn add_to(lanes: Lanes, x: &[f32]) -> Lanes {
+    fold(lanes, x, 0.0, |lane, x| lane + x)
 }
 
 /// Sum of x_i y_i, each lane one chain of fused multiply-adds.
@@ -76,22 +81,38 @@ pub fn dot(x: &[f32], y: &[f32]) -> f32 {
     join(fold_pairs(x, y, |lane, x, y| x.mul_add(y, lane)), |a, b| a + b)
 }
 
+/// Sum of (w_i x_i) y_i.
+#[inline(always)]
+pub fn weighted_dot(w: &[f32], x: &[f32], y: &[f32]) -> f32 {
+    assert!(w.len() == x.len() && x.len() == y.len());
+    let ((w_chunks, w_tail), (x_chunks, x_tail), (y_chunks, y_tail)) = (w.as_chunks(), x.as_chunks(), y.as_chunks());
+    let add = |lanes: Lanes, w: &Lanes, x: &Lanes, y: &Lanes| std::array::from_fn(|i| (w[i] * x[i]).mul_add(y[i], lanes[i]));
+    let mut lanes = [0.0; LANES];
+    for ((w, x), y) in w_chunks.iter().zip(x_chunks).zip(y_chunks) {
+        lanes = add(lanes, w, x, y);
+    }
+    if !w_tail.is_empty() {
+        lanes = add(lanes, &padded(w_tail, 0.0), &padded(x_tail, 0.0), &padded(y_tail, 0.0));
+    }
+    join(lanes, |a, b| a + b)
+}
+
 /// Sum of x_i^2.
 #[inline(always)]
 pub fn sum_of_squares(x: &[f32]) -> f32 {
-    join(fold(x, 0.0, 0.0, |lane, x| x.mul_add(x, lane)), |a, b| a + b)
+    join(fold([0.0; LANES], x, 0.0, |lane, x| x.mul_add(x, lane)), |a, b| a + b)
 }
 
 /// Largest element; -inf for none. NaN may be lost: what follows a maximum (`x - max`) shows it again.
 #[inline(always)]
 pub fn max(x: &[f32]) -> f32 {
-    join(fold(x, f32::NEG_INFINITY, f32::NEG_INFINITY, |lane, x| larger(x, lane)), larger)
+    join(fold([f32::NEG_INFINITY; LANES], x, f32::NEG_INFINITY, |lane, x| larger(x, lane)), larger)
 }
 
 /// Largest magnitude; 0 for none. NaN elements are passed over.
 #[inline(always)]
 pub fn absmax(x: &[f32]) -> f32 {
-    join(fold(x, 0.0, 0.0, |lane, x| larger(x.abs(), lane)), larger)
+    join(fold([0.0; LANES], x, 0.0, |lane, x| larger(x.abs(), lane)), larger)
 }
 
 #[cfg(test)]
@@ -102,8 +123,8 @@ mod tests {
     use crate::ops::cpu::testing::uniform;
 
     multiversion! {
-        fn all(x: &[f32], y: &[f32]) -> [f32; 5] {
-            [sum(x), dot(x, y), sum_of_squares(x), max(x), absmax(x)]
+        fn all(x: &[f32], y: &[f32]) -> [f32; 6] {
+            [sum(x), dot(x, y), weighted_dot(x, y, x), sum_of_squares(x), max(x), absmax(x)]
         }
     }
 
@@ -124,6 +145,8 @@ mod tests {
             assert_eq!(sum(&x).to_bits(), in_lanes(x.iter().copied()).to_bits());
             let exact: f64 = x.iter().zip(&y).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum();
             assert!((f64::from(dot(&x, &y)) - exact).abs() < 1e-5);
+            let weighted: f64 = x.iter().zip(&y).map(|(x, y)| f64::from(*x) * f64::from(*y) * f64::from(*x)).sum();
+            assert!((f64::from(weighted_dot(&x, &y, &x)) - weighted).abs() < 1e-5);
             assert_eq!(dot(&x, &x).to_bits(), sum_of_squares(&x).to_bits());
             assert_eq!(max(&x), x.iter().copied().fold(f32::NEG_INFINITY, f32::max));
             assert_eq!(absmax(&x), x.iter().fold(0.0, |a, x| x.abs().max(a)));
