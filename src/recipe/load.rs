@@ -233,6 +233,17 @@ mod tests {
         assert!(load::<Recipe>(folder.path(), &[]).is_err());
     }
 
+    #[test]
+    fn absurd_nesting_is_refused_without_overflowing_the_stack() {
+        let deep = "a.".repeat(300_000) + "a";
+        assert!(read(&format!("{deep} = 1"), &[]).is_err());
+        assert!(read(&format!("[{deep}]"), &[]).is_err());
+        assert!(read(GOOD, &[&format!("{deep}=1")]).is_err());
+        let brackets = format!("run = {}", "[".repeat(300_000));
+        assert!(read(&brackets, &[]).is_err());
+        assert!(read(GOOD, &[&brackets.replace(" = ", "=")]).is_err());
+    }
+
     proptest::proptest! {
         #[test]
         fn no_text_and_no_flag_panics(text in "[\\[\\]a-c.=\"'\n{}, 0-9é#-]{0,40}", flag in "[a-c.=\"\n{}\\[\\], 0-9-]{0,20}") {
