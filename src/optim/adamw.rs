@@ -32,14 +32,7 @@ impl Rule for Adamw {
         vec![("first_moment", elements(shape)), ("second_moment", elements(shape))]
     }
 
-    fn step(
-        &self,
-        at: &StepInfo,
-        _: &[usize],
-        parameter: &mut [f32],
-        gradient: &[f32],
-        state: &mut [f32],
-    ) -> Result<(), NotFinite> {
+    fn step(&self, at: &StepInfo, _: &[usize], parameter: &mut [f32], gradient: &[f32], state: &mut [f32]) -> Result<(), NotFinite> {
         let (first, second) = state.split_at_mut(parameter.len());
         let scalars = Scalars::new(self, at);
         let chunks = parameter.par_chunks_mut(CHUNK).zip(gradient.par_chunks(CHUNK));

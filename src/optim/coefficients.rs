@@ -27,13 +27,8 @@ pub enum Coefficients {
 const JORDAN: [f64; 3] = [3.4445, -4.7750, 2.0315];
 const CONVERGENT: [f64; 3] = [2.0, -1.5, 0.5];
 
-const QUINTIC: [[f64; 3]; 5] = [
-    [4.0848, -6.8946, 2.9270],
-    [3.9505, -6.3029, 2.6377],
-    [3.7418, -5.5913, 2.3037],
-    [2.8769, -3.1427, 1.2046],
-    [2.8366, -3.0525, 1.2012],
-];
+const QUINTIC: [[f64; 3]; 5] =
+    [[4.0848, -6.8946, 2.9270], [3.9505, -6.3029, 2.6377], [3.7418, -5.5913, 2.3037], [2.8769, -3.1427, 1.2046], [2.8366, -3.0525, 1.2012]];
 
 const POLAR_EXPRESS: [[f64; 3]; 5] = [
     [8.156554524902461, -22.48329292557795, 15.878769915207462],
@@ -51,8 +46,7 @@ const CANS: [[f64; 3]; 5] = [
     [2.2737, -1.6447, 0.4162],
 ];
 
-const POLISHED: [[f64; 3]; 10] =
-    [JORDAN, JORDAN, JORDAN, JORDAN, JORDAN, JORDAN, JORDAN, JORDAN, CONVERGENT, CONVERGENT];
+const POLISHED: [[f64; 3]; 10] = [JORDAN, JORDAN, JORDAN, JORDAN, JORDAN, JORDAN, JORDAN, JORDAN, CONVERGENT, CONVERGENT];
 
 impl Coefficients {
     pub const ALL: [Self; 6] = [Self::Jordan, Self::Quintic, Self::PolarExpress, Self::Cans, Self::Polished, Self::Exact];

@@ -29,14 +29,7 @@ impl Rule for Lion {
         vec![("momentum", elements(shape))]
     }
 
-    fn step(
-        &self,
-        at: &StepInfo,
-        _: &[usize],
-        parameter: &mut [f32],
-        gradient: &[f32],
-        state: &mut [f32],
-    ) -> Result<(), NotFinite> {
+    fn step(&self, at: &StepInfo, _: &[usize], parameter: &mut [f32], gradient: &[f32], state: &mut [f32]) -> Result<(), NotFinite> {
         self.sign_step(at, at.learning_rate, parameter, gradient, state);
         Ok(())
     }

@@ -44,14 +44,7 @@ impl Rule for LionMuon {
         vec![("momentum", elements(shape))]
     }
 
-    fn step(
-        &self,
-        at: &StepInfo,
-        shape: &[usize],
-        parameter: &mut [f32],
-        gradient: &[f32],
-        state: &mut [f32],
-    ) -> Result<(), NotFinite> {
+    fn step(&self, at: &StepInfo, shape: &[usize], parameter: &mut [f32], gradient: &[f32], state: &mut [f32]) -> Result<(), NotFinite> {
         if self.is_spectral(at.step) {
             return self.spectral_step(at, shape, parameter, gradient, state);
         }

@@ -42,14 +42,7 @@ impl Rule for NorMuon {
         vec![("momentum", elements(shape)), ("row_second_moment", elements(shape) / cols)]
     }
 
-    fn step(
-        &self,
-        at: &StepInfo,
-        shape: &[usize],
-        parameter: &mut [f32],
-        gradient: &[f32],
-        state: &mut [f32],
-    ) -> Result<(), NotFinite> {
+    fn step(&self, at: &StepInfo, shape: &[usize], parameter: &mut [f32], gradient: &[f32], state: &mut [f32]) -> Result<(), NotFinite> {
         let (rows, cols) = matrix(shape);
         let (buffer, moments) = state.split_at_mut(parameter.len());
         let mut direction = self.momentum.direction(at.step, gradient, buffer);

@@ -7,6 +7,7 @@
 use super::coefficients::Coefficients;
 use super::reduce::sum_of_squares;
 use super::rule::NotFinite;
+use crate::ops::cpu::gemm::{Matrix, gemm};
 
 /// Lower bound of the norm that is divided by, as in `torch.optim.Muon`: a zero matrix stays zero.
 const SMALLEST_NORM: f64 = 1e-7;
@@ -55,7 +56,7 @@ fn iterate(set: Coefficients, short: usize, long: usize, mut x: Vec<f32>) -> Vec
         for (next, &x) in next.iter_mut().zip(&x) {
             *next = a * x;
         }
-        product(short, short, long, &gram, &x, &mut next);
+        gemm(Matrix::row_major(&gram, short, short), &Matrix::row_major(&x, short, long), &mut next, long, true);
         std::mem::swap(&mut x, &mut next);
     }
     x
@@ -65,7 +66,8 @@ fn iterate(set: Coefficients, short: usize, long: usize, mut x: Vec<f32>) -> Vec
 fn symmetric_product(n: usize, k: usize, x: &[f32], out: &mut [f32]) {
     for start in (0..n).step_by(BLOCK) {
         let end = (start + BLOCK).min(n);
-        product_with_transpose(&x[start * k..end * k], &x[..end * k], k, &mut out[start * n..], n);
+        let below = Matrix::row_major(&x[..end * k], end, k).transposed();
+        gemm(Matrix::row_major(&x[start * k..end * k], end - start, k), &below, &mut out[start * n..], n, false);
     }
     // The blocks above the diagonal mirror those below, which hold the same sums in the same order.
     for row in 0..n {
@@ -85,26 +87,6 @@ fn transpose(rows: usize, cols: usize, from: &[f32], to: &mut [f32]) {
                     to[column * rows + row] = from[row * cols + column];
                 }
             }
-        }
-    }
-}
-
-/// out += a b for `a: [m, k]`, `b: [k, n]`.
-fn product(m: usize, k: usize, n: usize, a: &[f32], b: &[f32], out: &mut [f32]) {
-    for row in 0..m {
-        for inner in 0..k {
-            for column in 0..n {
-                out[row * n + column] += a[row * k + inner] * b[inner * n + column];
-            }
-        }
-    }
-}
-
-/// out = a b^T for `a: [m, k]`, `b: [n, k]`, rows of `out` `stride` apart.
-fn product_with_transpose(a: &[f32], b: &[f32], k: usize, out: &mut [f32], stride: usize) {
-    for (row, a) in a.chunks_exact(k).enumerate() {
-        for (column, b) in b.chunks_exact(k).enumerate() {
-            out[row * stride + column] = a.iter().zip(b).fold(0.0, |sum, (x, y)| sum + x * y);
         }
     }
 }
@@ -132,9 +114,7 @@ mod tests {
     /// sum_i values_i u_i v_i^T, `[rows, cols]`.
     fn with_singular_values(values: &[f64], rows: usize, cols: usize) -> Vec<f32> {
         let (left, right) = (orthonormal(5, values.len(), rows), orthonormal(6, values.len(), cols));
-        let entry = |i: usize| -> f64 {
-            values.iter().zip(left.iter().zip(&right)).map(|(s, (u, v))| s * u[i / cols] * v[i % cols]).sum()
-        };
+        let entry = |i: usize| -> f64 { values.iter().zip(left.iter().zip(&right)).map(|(s, (u, v))| s * u[i / cols] * v[i % cols]).sum() };
         (0..rows * cols).map(|i| entry(i) as f32).collect()
     }
 
@@ -174,8 +154,7 @@ mod tests {
         let found = orthogonalized(Coefficients::Jordan, rows, cols, matrix.clone());
         for factor in [1e-3f32, 1e30, -1.0] {
             let scaled = matrix.iter().map(|x| factor * x).collect();
-            let back: Vec<f32> =
-                orthogonalized(Coefficients::Jordan, rows, cols, scaled).iter().map(|x| factor.signum() * x).collect();
+            let back: Vec<f32> = orthogonalized(Coefficients::Jordan, rows, cols, scaled).iter().map(|x| factor.signum() * x).collect();
             assert!(relative_error(&back, &found) < 1e-5, "{factor}");
         }
         let (mut turned, mut back) = (vec![0.0; matrix.len()], vec![0.0; matrix.len()]);
@@ -213,7 +192,8 @@ mod tests {
             let x = random(9, n * k);
             let (mut symmetric, mut whole) = (vec![f32::NAN; n * n], vec![0.0; n * n]);
             symmetric_product(n, k, &x, &mut symmetric);
-            product_with_transpose(&x, &x, k, &mut whole, n);
+            let view = Matrix::row_major(&x, n, k);
+            gemm(view, &view.transposed(), &mut whole, n, false);
             assert_eq!(symmetric, whole, "{n} {k}");
         }
     }

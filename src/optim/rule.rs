@@ -36,14 +36,7 @@ pub trait Rule: Send + Sync {
     ///
     /// # Errors
     /// [`NotFinite`] from the rules that look at whole matrices; nothing has changed then.
-    fn step(
-        &self,
-        at: &StepInfo,
-        shape: &[usize],
-        parameter: &mut [f32],
-        gradient: &[f32],
-        state: &mut [f32],
-    ) -> Result<(), NotFinite>;
+    fn step(&self, at: &StepInfo, shape: &[usize], parameter: &mut [f32], gradient: &[f32], state: &mut [f32]) -> Result<(), NotFinite>;
 
     /// Length of the flat state in f32 values.
     fn state_len(&self, shape: &[usize]) -> usize {
