@@ -185,10 +185,10 @@ mod tests {
     }
 
     #[test]
-    fn the_first_radius_hardly_matters() {
+    fn the_first_radius_matters_little() {
         let runs = [1e-6, 1e-4, 1e-2].map(quadratic);
         for (loss, distance) in runs {
-            assert!((loss / runs[1].0 - 1.0).abs() < 0.3 && (0.7..1.9).contains(&distance), "{runs:?}");
+            assert!((0.5..2.0).contains(&(loss / runs[1].0)) && (0.9..2.0).contains(&distance), "{runs:?}");
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use safetensors::SafeTensors;
 
-use super::testing::relative_error;
+use super::testing::{norm, relative_error};
 use super::*;
 
 const STEPS: u64 = 20;
@@ -22,7 +22,11 @@ impl File {
     }
 }
 
-/// Follows the fixture's problem and compares both the weights and how far they moved.
+fn difference(a: &[f32], b: &[f32]) -> Vec<f32> {
+    a.iter().zip(b).map(|(a, b)| a - b).collect()
+}
+
+/// Follows the fixture's problem; the error is relative to the way from the start, which is shorter than the weights are long.
 fn follow(case: &str, rule: &dyn Rule, tolerance: f64) {
     for problem in ["tall", "wide", "square"] {
         let (shape, start) = PROBLEM.tensor(&format!("{problem}.start"));
@@ -34,11 +38,11 @@ fn follow(case: &str, rule: &dyn Rule, tolerance: f64) {
             rule.step(&at, &shape, &mut weight, gradient, &mut state).unwrap();
             if step == 0 || step + 1 == STEPS {
                 let (_, expected) = EXPECTED.tensor(&format!("{case}.{problem}.{}", step + 1));
-                let moved = |to: &[f32]| to.iter().zip(&start).map(|(to, from)| to - from).collect::<Vec<f32>>();
-                let error = relative_error(&moved(&weight), &moved(&expected));
-                println!("{case} {problem} after {} steps: {error:.1e} of the way", step + 1);
-                assert!(relative_error(&weight, &expected) < tolerance, "{case} {problem} after {} steps", step + 1);
-                assert!(error < tolerance, "{case} {problem} after {} steps: {error:.1e}", step + 1);
+                let way = norm(&difference(&expected, &start));
+                let error = norm(&difference(&weight, &expected));
+                println!("{case} {problem} after {} steps: {:.1e} of the way", step + 1, error / way);
+                // The way may be so short that the weights' own rounding is a part of it.
+                assert!(error < tolerance * way + 1e-7 * norm(&expected), "{case} {problem} after {} steps", step + 1);
             }
         }
     }
