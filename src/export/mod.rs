@@ -4,8 +4,11 @@ pub mod aside;
 pub mod config;
 pub mod fold;
 pub mod gguf;
+pub mod names;
 pub mod parameter;
+pub mod plan;
 pub mod safetensors_dir;
+mod target;
 
 #[cfg(test)]
 mod testing;
@@ -13,6 +16,8 @@ mod testing;
 use std::collections::BTreeMap;
 
 use candle_core::Tensor;
+
+pub use target::Target;
 
 /// Parameters by Hugging Face name (`Spec::parameters`): f32, on the CPU, matrices `[out, in]`.
 pub type Weights = BTreeMap<String, Tensor>;
