@@ -1,5 +1,6 @@
 //! Fused CPU kernels on plain slices.
 
+pub mod attention;
 pub mod bench;
 pub mod cross_entropy;
 pub mod elementwise;
