@@ -9,6 +9,7 @@ pub mod parameter;
 pub mod plan;
 pub mod safetensors_dir;
 mod target;
+pub mod tokenizer_gguf;
 
 #[cfg(test)]
 mod testing;
