@@ -54,7 +54,7 @@ pub(super) struct QuerySide<'a> {
     pub(super) queries: HeadRows<'a>,
     pub(super) outputs: HeadRows<'a>,
     pub(super) d_outputs: HeadRows<'a>,
-    /// [tokens]
+    /// One per token.
     pub(super) log_sum_exp: &'a [f32],
     pub(super) scale: f32,
 }
@@ -64,7 +64,7 @@ struct Work {
     /// [tokens, padded head_dim], scaled.
     queries: Scratch,
     d_outputs: Scratch,
-    /// [tokens]: sum_d out * d_out, which is also sum_j weight_j * d_weight_j.
+    /// One per token: sum_d out * d_out, which is also sum_j weight_j * d_weight_j.
     deltas: Scratch,
     /// [BLOCK, TILE] each.
     weights: Scratch,
@@ -171,7 +171,7 @@ multiversion! {
     }
 }
 
-/// gradient[key] += sum_queries a[query, key] * b[query], in groups of keys, over the queries that see some key of the group.
+/// `gradient[key] += sum_queries a[query, key] * b[query]`, in groups of keys, over the queries that see some key of the group.
 fn gather_keys(seen: &[Seen], width: usize, a: &[f32], b: &[f32], gradient: &mut [f32]) {
     for key in (0..TILE).step_by(GROUP) {
         let sees = |seen: &Seen| !seen.is_empty() && seen.first < key + GROUP && seen.end > key;
