@@ -1,6 +1,7 @@
 //! Fused CPU kernels on plain slices.
 
 pub mod attention;
+pub mod bench;
 pub mod cross_entropy;
 pub mod elementwise;
 pub mod gated;
@@ -11,5 +12,6 @@ pub mod norm;
 pub mod reduce;
 pub mod rope;
 mod scratch;
+pub mod ternary;
 #[cfg(test)]
 pub(crate) mod testing;
