@@ -156,14 +156,14 @@ impl Run<'_> {
     }
 
     fn look_and_save(&mut self, state: &mut State, cursor: &Cursor, stop: &AtomicBool, monitor: &mut dyn Monitor) -> Result<()> {
-        let last = state.step == self.config().steps;
-        let due = |every: u64| last || (every > 0 && state.step.is_multiple_of(every));
+        let (step, last) = (state.step, state.step == self.config().steps);
+        let due = |every: u64| last || (every > 0 && step.is_multiple_of(every));
         let mut quantized = None;
         if due(self.setup.eval.every) && !self.validation.is_empty() {
             let paused = Instant::now();
             let evaluation = evaluate(self.decoder, &state.parameters, self.validation)?;
             quantized = Some(evaluation.loss_quantized);
-            self.write(state, &evaluation_record(state.step, &evaluation), monitor)?;
+            self.write(state, &evaluation_record(step, &evaluation), monitor)?;
             self.evaluation = Some(evaluation);
             self.window.since += paused.elapsed();
         }
