@@ -21,7 +21,7 @@ pub(super) fn run(command: &Bench, printer: &Printer) -> Result<Status> {
         BenchTarget::Train => train(command, printer),
         BenchTarget::Optim => optim(command, printer),
         BenchTarget::Kernels => kernels(command, printer),
-        BenchTarget::Decode => Ok(Status::Done),
+        BenchTarget::Decode => super::decode::run(command, printer),
     }
 }
 

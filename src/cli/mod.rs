@@ -4,10 +4,19 @@ mod arguments;
 mod bench;
 pub mod chart;
 mod data;
+mod decode;
+mod doctor;
+mod eval;
 mod export;
+mod finish;
+mod generate;
+mod inspect;
 mod memory;
+mod model;
+mod plan;
 pub mod printer;
 mod train;
+mod validate;
 mod verify_resume;
 
 use arguments::{Arguments, Command};
@@ -31,9 +40,14 @@ pub fn main() -> ExitCode {
     let result = match arguments.command {
         Command::Train(command) => train::run(command, &mut printer),
         Command::Export(command) => export::run(&command, &printer),
+        Command::Validate(command) => validate::run(&command, &printer),
+        Command::Eval(command) => eval::run(&command, &printer),
+        Command::Generate(command) => generate::run(&command, &printer),
         Command::Data(command) => data::run(&command, &printer),
+        Command::Plan(command) => plan::run(&command, &printer),
+        Command::Inspect(command) => inspect::run(&command, &printer),
+        Command::Doctor(command) => doctor::run(&command, &printer),
         Command::Bench(command) => bench::run(&command, &printer),
-        _ => Ok(Status::Done),
     };
     match result {
         Ok(Status::Done) => ExitCode::SUCCESS,

@@ -2,7 +2,7 @@
 
 use super::arguments::Train;
 use super::printer::Printer;
-use super::{Status, start_threads, write_json};
+use super::{Status, finish, start_threads, write_json};
 use crate::checkpoint::{self, Checkpoint};
 use crate::error::{Error, Result};
 use crate::recipe::{Assembled, Recipe, assemble, device, load};
@@ -28,7 +28,7 @@ pub(super) fn run(command: Train, printer: &mut Printer) -> Result<Status> {
         printer.note(format!("stopped at step {}; the same command continues from {}", outcome.step, outcome.checkpoint.display()));
         return Ok(Status::Done);
     }
-    Ok(Status::Done)
+    finish::run(&assembled, &outcome, command.report.json.as_deref(), printer)
 }
 
 /// Claims the run folder, resumes or starts, and trains; with `pause_at`, stops after that step as if told to.

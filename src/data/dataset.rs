@@ -119,6 +119,17 @@ impl Dataset {
         });
         batches.collect()
     }
+
+    /// At most `most` held-out documents, evenly spaced over all of them, each with BOS in front where the tokenizer has one.
+    pub fn held_out_documents(&self, most: usize) -> Vec<Vec<u32>> {
+        let all: Vec<(&Part, u64)> = self.validation.iter().flat_map(|part| (0..part.shard.documents()).map(move |d| (part, d))).collect();
+        let wanted = most.min(all.len());
+        let document = |at: usize| {
+            let (part, document) = all[(2 * at + 1) * all.len() / (2 * wanted)];
+            self.tokenizer.bos().into_iter().chain(part.shard.document(document)).collect()
+        };
+        (0..wanted).map(document).collect()
+    }
 }
 
 fn normalize(parts: &mut [Part]) {
