@@ -54,6 +54,9 @@ impl Dataset {
         config.check()?;
         let sources = config.open_sources(recipe_folder)?;
         let held_out = config.open_validation(recipe_folder)?;
+        for path in sources.iter().chain(&held_out).flat_map(|source| source.source.left_out()) {
+            notes(&format!("{} is left out: it has no field \"text\"", path.display()));
+        }
         let tokenizer = Arc::new(Preparation { config, recipe_folder, sources: &sources, held_out: held_out.as_ref() }.tokenizer(notes)?);
         let mut train = Vec::new();
         let mut validation = Vec::new();

@@ -117,7 +117,7 @@ impl Tokenizer {
             None => first,
         };
         let eos = named("eos")?.or(last).or_else(|| [END_OF_TEXT, "</s>"].iter().find_map(|name| inner.token_to_id(name)));
-        for id in [bos, eos].into_iter().flatten().filter(|&id| id as usize >= vocabulary) {
+        if let Some(id) = [bos, eos].into_iter().flatten().find(|&id| id as usize >= vocabulary) {
             return Err(broken(format!("special token {id} is outside the vocabulary of {vocabulary}")));
         }
         let cut = find_cut(&json);
