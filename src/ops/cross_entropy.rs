@@ -4,7 +4,7 @@
 //! x: [rows, d]   W: [vocab, d]   targets, weights: [rows]   weight 0 ignores a row
 //! f32, sums of losses in f64. The logits of one chunk are all that is ever in memory; gradients are made in the same pass.
 
-use super::cpu::cross_entropy::cross_entropy_rows;
+use super::cpu::cross_entropy::{self as kernel, cross_entropy, cross_entropy_loss};
 use super::cpu::gemm::{Matrix, gemm};
 use super::host::{buffer, from_vec, host, is_host};
 use crate::tape::{Tape, Var};
@@ -62,7 +62,7 @@ fn fused(x: &Tensor, weight: &Var, targets: Targets<'_>, train: bool) -> Result<
     let ((rows, width), (vocab, _)) = (x.dims2()?, weight.tensor().dims2()?);
     let (x_data, w_data) = (host(x)?, host(weight.tensor())?);
     let matrix = Matrix::row_major(&w_data, vocab, width);
-    let mut nll = buffer(rows);
+    let (mut nll, mut log_sum_exp) = (buffer(rows), buffer(CHUNK));
     let mut logits = buffer(CHUNK.min(rows) * vocab);
     let (mut d_x, mut d_weight) = if train { (buffer(rows * width), buffer(vocab * width)) } else { (vec![], vec![]) };
     for first in (0..rows).step_by(CHUNK) {
@@ -71,13 +71,15 @@ fn fused(x: &Tensor, weight: &Var, targets: Targets<'_>, train: bool) -> Result<
         let chunk = Matrix::row_major(&x_data[first * width..][..count * width], count, width);
         let logits = &mut logits[..count * vocab];
         gemm(chunk, &matrix.transposed(), logits, vocab, false);
-        let (ids, weights) = (&targets.ids[span.clone()], &targets.weights[span.clone()]);
-        cross_entropy_rows(logits, vocab, ids, weights, targets.scale, targets.z_loss, &mut nll[span]);
-        if train {
-            let d_logits = Matrix::row_major(logits, count, vocab);
-            gemm(d_logits, &matrix, &mut d_x[first * width..][..count * width], width, false);
-            gemm(d_logits.transposed(), &chunk, &mut d_weight, width, first > 0);
+        let aims = kernel::Targets { tokens: &targets.ids[span.clone()], weights: &targets.weights[span.clone()] };
+        if !train {
+            cross_entropy_loss(logits, aims, targets.z_loss, &mut nll[span], &mut log_sum_exp[..count]);
+            continue;
         }
+        cross_entropy(logits, aims, targets.scale, targets.z_loss, &mut nll[span], &mut log_sum_exp[..count]);
+        let d_logits = Matrix::row_major(logits, count, vocab);
+        gemm(d_logits, &matrix, &mut d_x[first * width..][..count * width], width, false);
+        gemm(d_logits.transposed(), &chunk, &mut d_weight, width, first > 0);
     }
     let gradients = if train { Some((from_vec(d_x, (rows, width))?, from_vec(d_weight, (vocab, width))?)) } else { None };
     Ok(Pass { nll, gradients })
@@ -129,4 +131,84 @@ pub fn logits(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let mut values = buffer(rows * vocab);
     gemm(Matrix::row_major(&x, rows, width), &Matrix::row_major(&weight, vocab, width).transposed(), &mut values, vocab, false);
     from_vec(values, (rows, vocab))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::{distance, gaussian};
+    use crate::tape::Gradients;
+
+    const ROWS: usize = 9;
+    const VOCAB: usize = 11;
+    const WIDTH: usize = 5;
+    const SCALE: f32 = 0.125;
+
+    struct Sink([Tensor; 2]);
+
+    impl Gradients for Sink {
+        fn slot(&mut self, index: usize) -> (Tensor, bool) {
+            (self.0[index].clone(), false)
+        }
+
+        fn finished(&mut self, _: usize) -> Result<()> {
+            Ok(())
+        }
+    }
+
+    fn targets() -> (Vec<u32>, Vec<f32>) {
+        ((0..ROWS as u32).map(|i| (i * 5) % 11).collect(), (0..ROWS).map(|i| [1.0, 0.0, 0.5][i % 3]).collect())
+    }
+
+    /// The formula of the header, term by term.
+    fn objective(x: &[f64], weight: &[f64], z_loss: f64) -> f64 {
+        let (ids, weights) = targets();
+        let row = |r: usize| {
+            let logits: Vec<f64> = (0..VOCAB).map(|v| (0..WIDTH).map(|k| x[r * WIDTH + k] * weight[v * WIDTH + k]).sum()).collect();
+            let normalizer = logits.iter().map(|z: &f64| z.exp()).sum::<f64>().ln();
+            f64::from(weights[r]) * (normalizer - logits[ids[r] as usize] + z_loss * normalizer * normalizer)
+        };
+        f64::from(SCALE) * (0..ROWS).map(row).sum::<f64>()
+    }
+
+    fn slopes(values: [&[f64]; 2], which: usize, z_loss: f64) -> Vec<f64> {
+        let at = |element: usize, delta: f64| {
+            let mut moved = [values[0].to_vec(), values[1].to_vec()];
+            moved[which][element] += delta;
+            objective(&moved[0], &moved[1], z_loss)
+        };
+        (0..values[which].len()).map(|i| (at(i, 1e-5) - at(i, -1e-5)) / 2e-5).collect()
+    }
+
+    #[test]
+    fn loss_and_gradients_of_both_paths_match_central_differences() {
+        let (x, weight) = (gaussian("x", &[ROWS, WIDTH]), gaussian("w", &[VOCAB, WIDTH]));
+        let wide = |t: &Tensor| t.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap();
+        let (x_values, w_values) = (wide(&x), wide(&weight));
+        let (ids, weights) = targets();
+        for (tape, z_loss) in [(Tape::new(), 0.01f32), (Tape::new().reference(), 0.01), (Tape::new(), 0.0)] {
+            let narrow = [x.to_dtype(DType::F32).unwrap(), weight.to_dtype(DType::F32).unwrap()];
+            let leaves = [Var::parameter(0, narrow[0].clone()), Var::parameter(1, narrow[1].clone())];
+            let aims = Targets { ids: &ids, weights: &weights, scale: SCALE, z_loss };
+            let loss = linear_cross_entropy(&tape, &leaves[0], &leaves[1], aims).unwrap();
+            let mut sink = Sink(narrow.map(|t| t.zeros_like().unwrap()));
+            let expected = objective(&x_values, &w_values, 0.0);
+            assert!((loss.weighted_nll * f64::from(SCALE) - expected).abs() < 1e-6 * expected.abs());
+            tape.backward(&loss.root, Tensor::new(1.0f32, &candle_core::Device::Cpu).unwrap(), &mut sink).unwrap();
+            for (which, found) in sink.0.iter().enumerate() {
+                let error = distance(&wide(found), &slopes([&x_values, &w_values], which, f64::from(z_loss)));
+                assert!(error < 2e-6, "gradient {which}: {error:.1e}");
+            }
+        }
+    }
+
+    #[test]
+    fn evaluation_gives_the_same_losses_as_training() {
+        let x = gaussian("x", &[ROWS, WIDTH]).to_dtype(DType::F32).unwrap();
+        let weight = Var::parameter(0, gaussian("w", &[VOCAB, WIDTH]).to_dtype(DType::F32).unwrap());
+        let (ids, weights) = targets();
+        let aims = Targets { ids: &ids, weights: &weights, scale: SCALE, z_loss: 0.0 };
+        let losses = |tape: Tape<'_>| linear_cross_entropy(&tape, &Var::constant(x.clone()), &weight, aims).unwrap().nll;
+        assert_eq!(losses(Tape::new()), losses(Tape::evaluate()));
+    }
 }
