@@ -8,7 +8,7 @@
 //! rows computed together, or the instruction set: a token decoded alone gets the result it had in its batch.
 
 mod microkernel;
-mod pack;
+pub(super) mod pack;
 
 use super::isa::isa;
 use super::scratch::Scratch;
@@ -24,6 +24,12 @@ const BLOCK_STEPS: usize = 384;
 
 /// Up to this many rows A is packed once and shared, and threads take columns; above, B is shared and threads take rows.
 const SHARED_ROWS: usize = 384;
+
+/// Strips of A that one task packs when A is shared: enough that a single token's product starts no task for it.
+const SHARED_STRIPS: usize = 4;
+
+/// Products below this many multiply-adds take less time than waking a thread.
+const SERIAL_PRODUCT: usize = 1 << 18;
 
 /// Columns of B packed at a time when it is shared: at most 3 MiB.
 const SHARED_COLUMNS: usize = 2048;
@@ -123,7 +129,9 @@ impl Panels for Matrix<'_> {
 /// When the shapes disagree or `c` is too short.
 pub fn gemm(a: Matrix<'_>, b: &dyn Panels, c: &mut [f32], c_stride: usize, accumulate: bool) {
     let Some(product) = Product::new(a, b, c, c_stride, accumulate) else { return };
-    if a.rows <= SHARED_ROWS {
+    if a.rows.saturating_mul(a.columns).saturating_mul(product.columns) <= SERIAL_PRODUCT {
+        product.alone();
+    } else if a.rows <= SHARED_ROWS {
         product.share_rows();
     } else {
         product.share_columns();
@@ -136,18 +144,7 @@ pub fn gemm(a: Matrix<'_>, b: &dyn Panels, c: &mut [f32], c_stride: usize, accum
 /// When the shapes disagree or `c` is too short.
 pub fn gemm_serial(a: Matrix<'_>, b: &dyn Panels, c: &mut [f32], c_stride: usize, accumulate: bool) {
     let Some(product) = Product::new(a, b, c, c_stride, accumulate) else { return };
-    let depth = a.columns.min(BLOCK_STEPS);
-    let mut rows = Scratch::take(a.rows.min(SHARED_ROWS) * depth);
-    let mut panel = Scratch::take(PANEL * depth);
-    for steps in blocks(a.columns, BLOCK_STEPS, 1) {
-        for block in blocks(a.rows, SHARED_ROWS, ROWS) {
-            product.pack_rows(block, steps, &mut rows);
-            for column in (0..product.columns).step_by(PANEL) {
-                b.pack(column, steps.start, steps.length, &mut panel);
-                product.multiply(block, &rows, column, &panel, steps);
-            }
-        }
-    }
+    product.alone();
 }
 
 /// A contiguous range, in a form that is `Copy`.
@@ -197,13 +194,32 @@ impl<'a> Product<'a> {
         Some(Product { a, b, c: c.as_mut_ptr(), c_stride, columns, accumulate, kernels: microkernel::kernels(isa()) })
     }
 
+    /// One thread: each block of rows is packed once, each panel once per block of rows.
+    fn alone(&self) {
+        let depth = self.a.columns.min(BLOCK_STEPS);
+        let mut rows = Scratch::take(self.a.rows.min(SHARED_ROWS) * depth);
+        let mut panel = Scratch::take(PANEL * depth);
+        for steps in blocks(self.a.columns, BLOCK_STEPS, 1) {
+            for block in blocks(self.a.rows, SHARED_ROWS, ROWS) {
+                self.pack_rows(block, steps, &mut rows);
+                for column in (0..self.columns).step_by(PANEL) {
+                    self.b.pack(column, steps.start, steps.length, &mut panel[..PANEL * steps.length]);
+                    self.multiply(block, &rows, column, &panel, steps);
+                }
+            }
+        }
+    }
+
     /// Few rows: A is packed once per block of k, threads take panels of columns and pack them for themselves.
     fn share_rows(&self) {
         let steps_total = self.a.columns;
         let mut rows = Scratch::take(self.a.rows * steps_total.min(BLOCK_STEPS));
         let block = Span { start: 0, length: self.a.rows };
         for steps in blocks(steps_total, BLOCK_STEPS, 1) {
-            self.pack_rows(block, steps, &mut rows);
+            rows.par_chunks_mut(SHARED_STRIPS * ROWS * steps.length).enumerate().for_each(|(chunk, out)| {
+                let start = (chunk * SHARED_STRIPS * ROWS).min(self.a.rows);
+                self.pack_rows(Span { start, length: (self.a.rows - start).min(SHARED_STRIPS * ROWS) }, steps, out);
+            });
             let rows = &rows[..];
             (0..self.columns.div_ceil(PANEL)).into_par_iter().for_each(|panel| {
                 let column = panel * PANEL;

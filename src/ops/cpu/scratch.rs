@@ -35,6 +35,14 @@ impl Scratch {
     }
 }
 
+impl Scratch {
+    /// The same memory as 32-bit words.
+    pub(crate) fn words(&mut self) -> &mut [u32] {
+        // SAFETY: floats and words have the same size and alignment, and every bit pattern is valid for both.
+        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.length) }
+    }
+}
+
 impl Drop for Scratch {
     fn drop(&mut self) {
         let lines = std::mem::take(&mut self.lines);

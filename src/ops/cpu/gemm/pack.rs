@@ -11,11 +11,39 @@ pub(super) fn pack_strip(source: Matrix<'_>, width: usize, out: &mut [f32]) {
         (1, _) => copy_steps(source, width, out),
         #[cfg(target_arch = "x86_64")]
         (_, 1) if isa() == Isa::Avx512 => {
+            let words = Words { data: source.data.as_ptr().cast(), lanes: source.rows, lane_stride: source.row_stride * size_of::<f32>() };
             // SAFETY: the CPU has AVX-512, and the assertion above bounds every access.
-            unsafe { avx512::transpose(source, width, out) }
+            unsafe { avx512::transpose(words, source.columns, width, out.as_mut_ptr().cast()) }
         }
         _ => gather(source, width, out),
     }
+}
+
+/// Writes `out[step * lanes + lane]` = the four bytes from `4 * step` of row `lane`, rows being `row_length` bytes long, for every step
+/// that lies wholly within a row.
+pub(in crate::ops::cpu) fn pack_words(rows: &[u8], row_length: usize, out: &mut [u32]) {
+    let (lanes, steps) = (rows.len() / row_length, row_length / 4);
+    assert!(out.len() >= lanes * steps, "the packed words need room");
+    #[cfg(target_arch = "x86_64")]
+    if isa() == Isa::Avx512 {
+        let words = Words { data: rows.as_ptr(), lanes, lane_stride: row_length };
+        // SAFETY: the CPU has AVX-512; each row holds `steps` words, and `out` was checked above.
+        return unsafe { avx512::transpose(words, steps, lanes, out.as_mut_ptr()) };
+    }
+    for (lane, row) in rows.chunks_exact(row_length).enumerate() {
+        for (step, word) in row.as_chunks().0.iter().enumerate() {
+            out[step * lanes + lane] = u32::from_ne_bytes(*word);
+        }
+    }
+}
+
+/// Rows of 32-bit words, `lane_stride` bytes apart and aligned to nothing.
+#[cfg(target_arch = "x86_64")]
+#[derive(Clone, Copy)]
+struct Words {
+    data: *const u8,
+    lanes: usize,
+    lane_stride: usize,
 }
 
 /// Lanes are contiguous in memory: every step is one copy.
@@ -44,7 +72,7 @@ fn gather(source: Matrix<'_>, width: usize, out: &mut [f32]) {
 
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
-    use super::Matrix;
+    use super::Words;
     use std::arch::x86_64::*;
 
     const SIDE: usize = 16;
@@ -53,25 +81,27 @@ mod avx512 {
         if count >= SIDE { !0 } else { (1 << count) - 1 }
     }
 
-    /// Transposes squares of 16 lanes x 16 steps in registers.
+    /// Transposes squares of 16 lanes x 16 steps in registers; lanes from `source.lanes` to `width` become zero.
     ///
     /// # Safety
-    /// `source.column_stride` is 1, `source` fits its data, and `out` holds `source.columns * width` floats.
+    /// Every lane of `source` holds `steps` words, and `out` holds `steps * width`.
     #[target_feature(enable = "avx512f")]
-    pub(super) unsafe fn transpose(source: Matrix<'_>, width: usize, out: &mut [f32]) {
-        for step in (0..source.columns).step_by(SIDE) {
-            let steps = SIDE.min(source.columns - step);
+    pub(super) unsafe fn transpose(source: Words, steps: usize, width: usize, out: *mut u32) {
+        for first in (0..steps).step_by(SIDE) {
+            let count = SIDE.min(steps - first);
             for lane in (0..width).step_by(SIDE) {
                 let mut square = [_mm512_setzero_ps(); SIDE];
-                for (row, value) in square.iter_mut().enumerate().take(source.rows.saturating_sub(lane)) {
-                    // SAFETY: lane + row < source.rows, and the mask keeps the load within `steps` elements of that row.
-                    *value =
-                        unsafe { _mm512_maskz_loadu_ps(mask(steps), source.data.as_ptr().add((lane + row) * source.row_stride + step)) };
+                for (row, value) in square.iter_mut().enumerate().take(source.lanes.saturating_sub(lane)) {
+                    // SAFETY: lane + row < source.lanes, and the mask keeps the load within `count` words of that lane.
+                    *value = unsafe {
+                        let start = source.data.add((lane + row) * source.lane_stride).cast::<f32>().wrapping_add(first);
+                        _mm512_maskz_loadu_ps(mask(count), start)
+                    };
                 }
                 let square = transpose_square(square);
-                for (column, value) in square.iter().enumerate().take(steps) {
-                    // SAFETY: step + column < source.columns, and the mask keeps the store within `width` lanes of that step.
-                    unsafe { _mm512_mask_storeu_ps(out.as_mut_ptr().add((step + column) * width + lane), mask(width - lane), *value) };
+                for (step, value) in square.iter().enumerate().take(count) {
+                    // SAFETY: first + step < steps, and the mask keeps the store within `width` lanes of that step.
+                    unsafe { _mm512_mask_storeu_ps(out.add((first + step) * width + lane).cast(), mask(width - lane), *value) };
                 }
             }
         }
@@ -129,6 +159,24 @@ mod tests {
                             let expected = if lane < lanes { source.at(lane, step) } else { 0.0 };
                             assert_eq!(packed[step * width + lane], expected, "{isa} lane {lane} step {step}");
                         }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn words_of_rows_come_side_by_side() {
+        for (lanes, row_length) in [(1, 4), (12, 67), (7, 128), (3, 3)] {
+            let rows: Vec<u8> = (0..lanes * row_length).map(|i| (i * 7 % 251) as u8).collect();
+            for (isa, packed) in on_every_isa(|| {
+                let mut out = vec![0; lanes * (row_length / 4)];
+                pack_words(&rows, row_length, &mut out);
+                out
+            }) {
+                for (lane, row) in rows.chunks(row_length).enumerate() {
+                    for (step, word) in row.as_chunks().0.iter().enumerate() {
+                        assert_eq!(packed[step * lanes + lane], u32::from_ne_bytes(*word), "{isa} lane {lane} step {step}");
                     }
                 }
             }
