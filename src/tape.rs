@@ -326,7 +326,7 @@ fn add_in_place(target: &Tensor, other: &Tensor) -> Result<()> {
     if host::is_host(target) {
         let other = other.contiguous()?;
         let source = host::host(&other)?;
-        return host::write(target, |elements| crate::ops::cpu::elementwise::add(elements, &source));
+        return host::write(target, |elements| crate::ops::cpu::elementwise::add_assign(elements, &source));
     }
     target.slice_set(&(target + other)?.contiguous()?, 0, 0)
 }

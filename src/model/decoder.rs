@@ -6,17 +6,15 @@
 use super::{Activation, LinearKind, Parameters, Spec};
 use crate::error::Result;
 use crate::ops::attention::{AttentionShape, attention};
-use crate::ops::cpu::rope::RopeTable;
 use crate::ops::cross_entropy::{Loss, Targets, linear_cross_entropy};
 use crate::ops::embedding::embedding;
 use crate::ops::gated::{GateFunction, gated};
 use crate::ops::linear::linears;
 use crate::ops::norm::{add_norm, norm};
-use crate::ops::rope::rope;
+use crate::ops::rope::{RotaryTable, rope};
 use crate::ops::ternary::ternary_linears;
 use crate::tape::{Tape, Var};
 use candle_core::Tensor;
-use std::cell::RefCell;
 use std::sync::Arc;
 
 /// Token rows of equal length, packed documents marked by their starts.
@@ -64,14 +62,14 @@ pub enum Site {
 /// Looks at activations during evaluation and may replace them.
 pub trait Observer {
     /// Called with the activation at `site`; a returned tensor takes its place (evaluation only: it carries no gradient).
-    fn observe(&mut self, site: Site, value: &Tensor) -> Result<Option<Tensor>>;
+    fn observe(&self, site: Site, value: &Tensor) -> Result<Option<Tensor>>;
 }
 
 /// A model's shape with its rotary table.
 #[derive(Clone, Debug)]
 pub struct Decoder {
     spec: Spec,
-    rope: Arc<RopeTable>,
+    rope: Arc<RotaryTable>,
     checkpointing: bool,
 }
 
@@ -81,7 +79,7 @@ type Stream = [Var; 2];
 impl Decoder {
     /// A decoder of this shape; with `checkpointing`, blocks are evaluated again in the backward pass instead of being remembered.
     pub fn new(spec: Spec, checkpointing: bool) -> Self {
-        let rope = Arc::new(RopeTable::new(spec.context, spec.head_dim, spec.rope_theta));
+        let rope = Arc::new(RotaryTable::new(spec.head_dim, spec.rope_theta, spec.context));
         Self { spec, rope, checkpointing }
     }
 
@@ -107,7 +105,7 @@ impl Decoder {
         tape: &Tape<'a>,
         parameters: &Parameters,
         inputs: &Inputs,
-        observer: Option<&RefCell<&mut dyn Observer>>,
+        observer: Option<&dyn Observer>,
     ) -> Result<Var> {
         let pass = Pass { decoder: self, parameters, inputs, observer };
         let mut stream = pass.embed(tape)?;
@@ -136,7 +134,7 @@ struct Pass<'p> {
     decoder: &'p Decoder,
     parameters: &'p Parameters,
     inputs: &'p Inputs,
-    observer: Option<&'p RefCell<&'p mut dyn Observer>>,
+    observer: Option<&'p dyn Observer>,
 }
 
 impl Pass<'_> {
@@ -150,7 +148,7 @@ impl Pass<'_> {
 
     fn look(&self, site: Site, value: Var) -> Result<Var> {
         let Some(observer) = self.observer else { return Ok(value) };
-        let replacement = observer.borrow_mut().observe(site, value.tensor())?;
+        let replacement = observer.observe(site, value.tensor())?;
         Ok(replacement.map_or(value, Var::constant))
     }
 

@@ -5,6 +5,7 @@ mod decoder;
 pub mod init;
 mod params;
 mod spec;
+pub mod statistics;
 
 pub use config::{Config, Face};
 pub use decoder::{Decoder, Inputs, Observer, Site};

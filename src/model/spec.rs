@@ -66,10 +66,7 @@ impl Spec {
             Norm::Rms => d,
             Norm::SingleScale => 1,
         };
-        let mut all = vec![
-            ("model.embed_tokens.weight".to_owned(), vec![self.vocab, d]),
-            ("model.norm.weight".to_owned(), vec![gain]),
-        ];
+        let mut all = vec![("model.embed_tokens.weight".to_owned(), vec![self.vocab, d]), ("model.norm.weight".to_owned(), vec![gain])];
         if !self.tied {
             all.push(("lm_head.weight".to_owned(), vec![self.vocab, d]));
         }

@@ -4,7 +4,7 @@
 //! x: [rows, d]   W: [vocab, d]   targets, weights: [rows]   weight 0 ignores a row
 //! f32, sums of losses in f64. The logits of one chunk are all that is ever in memory; gradients are made in the same pass.
 
-use super::cpu::cross_entropy::cross_entropy_rows;
+use super::cpu::cross_entropy::{self as kernel, cross_entropy, cross_entropy_loss};
 use super::cpu::gemm::{Matrix, gemm};
 use super::host::{buffer, from_vec, host, is_host};
 use crate::tape::{Tape, Var};
@@ -62,7 +62,7 @@ fn fused(x: &Tensor, weight: &Var, targets: Targets<'_>, train: bool) -> Result<
     let ((rows, width), (vocab, _)) = (x.dims2()?, weight.tensor().dims2()?);
     let (x_data, w_data) = (host(x)?, host(weight.tensor())?);
     let matrix = Matrix::row_major(&w_data, vocab, width);
-    let mut nll = buffer(rows);
+    let (mut nll, mut log_sum_exp) = (buffer(rows), buffer(CHUNK));
     let mut logits = buffer(CHUNK.min(rows) * vocab);
     let (mut d_x, mut d_weight) = if train { (buffer(rows * width), buffer(vocab * width)) } else { (vec![], vec![]) };
     for first in (0..rows).step_by(CHUNK) {
@@ -71,13 +71,15 @@ fn fused(x: &Tensor, weight: &Var, targets: Targets<'_>, train: bool) -> Result<
         let chunk = Matrix::row_major(&x_data[first * width..][..count * width], count, width);
         let logits = &mut logits[..count * vocab];
         gemm(chunk, &matrix.transposed(), logits, vocab, false);
-        let (ids, weights) = (&targets.ids[span.clone()], &targets.weights[span.clone()]);
-        cross_entropy_rows(logits, vocab, ids, weights, targets.scale, targets.z_loss, &mut nll[span]);
-        if train {
-            let d_logits = Matrix::row_major(logits, count, vocab);
-            gemm(d_logits, &matrix, &mut d_x[first * width..][..count * width], width, false);
-            gemm(d_logits.transposed(), &chunk, &mut d_weight, width, first > 0);
+        let aims = kernel::Targets { tokens: &targets.ids[span.clone()], weights: &targets.weights[span.clone()] };
+        if !train {
+            cross_entropy_loss(logits, aims, targets.z_loss, &mut nll[span], &mut log_sum_exp[..count]);
+            continue;
         }
+        cross_entropy(logits, aims, targets.scale, targets.z_loss, &mut nll[span], &mut log_sum_exp[..count]);
+        let d_logits = Matrix::row_major(logits, count, vocab);
+        gemm(d_logits, &matrix, &mut d_x[first * width..][..count * width], width, false);
+        gemm(d_logits.transposed(), &chunk, &mut d_weight, width, first > 0);
     }
     let gradients = if train { Some((from_vec(d_x, (rows, width))?, from_vec(d_weight, (vocab, width))?)) } else { None };
     Ok(Pass { nll, gradients })

@@ -3,12 +3,12 @@
 //! gate, up, y: [rows, f]
 //! f32.
 
-use super::cpu::gated::{self as kernel, Gate};
+use super::cpu::gated::{Activation as Gate, gated_backward, gated_forward};
 use super::host::{buffer, from_vec, host};
 use crate::tape::{Tape, Var};
 use candle_core::{Result, Tensor};
 
-pub use super::cpu::gated::Gate as GateFunction;
+pub use super::cpu::gated::Activation as GateFunction;
 
 /// `a(gate) * up`.
 pub fn gated<'a>(tape: &Tape<'a>, function: Gate, gate: &Var, up: &Var) -> Result<Var> {
@@ -28,13 +28,13 @@ pub fn gated<'a>(tape: &Tape<'a>, function: Gate, gate: &Var, up: &Var) -> Resul
 
 fn forward(function: Gate, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     let mut y = buffer(gate.elem_count());
-    kernel::gated_forward(function, &*host(gate)?, &*host(up)?, &mut y);
+    gated_forward(function, &host(gate)?, &host(up)?, &mut y);
     from_vec(y, gate.shape())
 }
 
 fn backward(function: Gate, gate: &Tensor, up: &Tensor, d_y: &Tensor) -> Result<(Tensor, Tensor)> {
     let (mut d_gate, mut d_up) = (buffer(gate.elem_count()), buffer(gate.elem_count()));
-    kernel::gated_backward(function, &*host(gate)?, &*host(up)?, &*host(d_y)?, &mut d_gate, &mut d_up);
+    gated_backward(function, &host(gate)?, &host(up)?, &host(d_y)?, &mut d_gate, &mut d_up);
     Ok((from_vec(d_gate, gate.shape())?, from_vec(d_up, gate.shape())?))
 }
 

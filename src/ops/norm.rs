@@ -3,7 +3,7 @@
 //! x, residual, s, y: [rows, groups * d]   g: [d] or [1]   each of the `groups` spans of a row is normalized by itself (heads of q and k)
 //! f32; row sums in 16 lanes with a fixed tree.
 
-use super::cpu::norm as kernel;
+use super::cpu::norm::{rms_norm_backward, rms_norm_forward};
 use super::host::{self, buffer, from_vec, host};
 use crate::tape::{Tape, Var};
 use candle_core::{D, Result, Tensor};
@@ -27,8 +27,13 @@ pub fn norm<'a>(tape: &Tape<'a>, x: &Var, gain: &Var, width: usize, epsilon: f64
 pub fn add_norm<'a>(tape: &Tape<'a>, x: &Var, residual: &Var, gain: &Var, epsilon: f64) -> Result<(Var, Var)> {
     let (rows, width) = x.tensor().dims2()?;
     let fused = tape.fuses(x.tensor());
-    let sum = if fused { sum(x.tensor(), residual.tensor())? } else { (x.tensor() + residual.tensor())? };
-    let (y, saved) = if fused { forward(&sum, gain.tensor(), width, epsilon)? } else { forward_reference(&sum, gain.tensor(), width, epsilon)? };
+    let (sum, y, saved) = if fused {
+        forward_sum(x.tensor(), residual.tensor(), gain.tensor(), epsilon)?
+    } else {
+        let sum = (x.tensor() + residual.tensor())?;
+        let (y, saved) = forward_reference(&sum, gain.tensor(), width, epsilon)?;
+        (sum, y, saved)
+    };
     let (kept, targets, gain_kept) = (sum.clone(), [x.target(), residual.target()], gain.clone());
     let [sum, y] = tape.record(&[x, residual, gain], [sum, y], move |flow, [d_sum, d_y]| {
         let Some(d_y) = d_y else {
@@ -43,18 +48,20 @@ pub fn add_norm<'a>(tape: &Tape<'a>, x: &Var, residual: &Var, gain: &Var, epsilo
     Ok((sum, y))
 }
 
-fn sum(x: &Tensor, residual: &Tensor) -> Result<Tensor> {
-    let (a, b) = (host(x)?, host(residual)?);
-    let mut total = a.to_vec();
-    super::cpu::elementwise::add(&mut total, &b);
-    from_vec(total, x.shape())
+/// `(s, y, r)`.
+fn forward_sum(x: &Tensor, residual: &Tensor, gain: &Tensor, epsilon: f64) -> Result<(Tensor, Tensor, Tensor)> {
+    let (rows, width) = x.dims2()?;
+    let (mut sum, mut y, mut scale) = (buffer(rows * width), buffer(rows * width), buffer(rows));
+    let residual = host(residual)?;
+    rms_norm_forward(width, epsilon as f32, &host(x)?, Some((&residual, &mut sum)), &host(gain)?, &mut y, &mut scale);
+    Ok((from_vec(sum, (rows, width))?, from_vec(y, (rows, width))?, from_vec(scale, (rows, 1))?))
 }
 
 /// `(y, r)`.
 fn forward(x: &Tensor, gain: &Tensor, width: usize, epsilon: f64) -> Result<(Tensor, Tensor)> {
     let spans = x.elem_count() / width;
     let (mut y, mut scale) = (buffer(x.elem_count()), buffer(spans));
-    kernel::norm_forward(&*host(x)?, &*host(gain)?, width, epsilon as f32, &mut y, &mut scale);
+    rms_norm_forward(width, epsilon as f32, &host(x)?, None, &host(gain)?, &mut y, &mut scale);
     Ok((from_vec(y, x.shape())?, from_vec(scale, (spans, 1))?))
 }
 
@@ -81,7 +88,7 @@ fn backward(
     let (mut d_x, mut d_gain) = (buffer(x.elem_count()), buffer(gain.elem_count()));
     let incoming = incoming.map(host::host).transpose()?;
     let (d_y, x, scale, gain_data) = (host(d_y)?, host(x)?, host(scale)?, host(gain)?);
-    kernel::norm_backward(&d_y, incoming.as_deref(), &x, &scale, &gain_data, width, &mut d_x, &mut d_gain);
+    rms_norm_backward(width, &d_y, incoming.as_deref(), &x, &scale, &gain_data, &mut d_x, &mut d_gain);
     Ok((from_vec(d_x, (x.len() / width, width))?, from_vec(d_gain, gain.shape())?))
 }
 

@@ -3,14 +3,14 @@
 //! x: [rows, heads * hd]   positions: [rows]
 //! Angles in f64, cosines and sines in f32.
 
-use super::cpu::rope::{RopeTable, rope_backward, rope_forward};
+pub use super::cpu::rope::RotaryTable;
 use super::host::{from_vec, host};
 use crate::tape::{Tape, Var};
 use candle_core::{Result, Tensor};
 use std::sync::Arc;
 
 /// Rotates every head of `x` by its row's position. `table` must cover the positions.
-pub fn rope<'a>(tape: &Tape<'a>, x: &Var, positions: &Arc<Vec<u32>>, table: &Arc<RopeTable>) -> Result<Var> {
+pub fn rope<'a>(tape: &Tape<'a>, x: &Var, positions: &Arc<Vec<u32>>, table: &Arc<RotaryTable>) -> Result<Var> {
     let fused = tape.fuses(x.tensor());
     let y = rotate(fused, x.tensor(), positions, table, false)?;
     let (target, positions, table) = (x.target(), positions.clone(), table.clone());
@@ -21,26 +21,24 @@ pub fn rope<'a>(tape: &Tape<'a>, x: &Var, positions: &Arc<Vec<u32>>, table: &Arc
     Ok(y)
 }
 
-fn rotate(fused: bool, x: &Tensor, positions: &[u32], table: &RopeTable, backward: bool) -> Result<Tensor> {
+fn rotate(fused: bool, x: &Tensor, positions: &[u32], table: &RotaryTable, backward: bool) -> Result<Tensor> {
     if !fused {
         return rotate_reference(x, positions, table, backward);
     }
     let mut data = host(x)?.to_vec();
-    let width = x.dim(1)?;
-    if backward { rope_backward(table, positions, width, &mut data) } else { rope_forward(table, positions, width, &mut data) }
+    if backward { table.rotate_back(&mut data, positions) } else { table.rotate(&mut data, positions) }
     from_vec(data, x.shape())
 }
 
-fn rotate_reference(x: &Tensor, positions: &[u32], table: &RopeTable, backward: bool) -> Result<Tensor> {
+fn rotate_reference(x: &Tensor, positions: &[u32], table: &RotaryTable, backward: bool) -> Result<Tensor> {
     let (rows, width) = x.dims2()?;
     let head_dim = table.head_dim();
     let half = head_dim / 2;
-    let gather = |values: &dyn Fn(u32) -> Vec<f32>| {
-        let all: Vec<f32> = positions.iter().flat_map(|&p| values(p)).collect();
+    let gather = |values: fn(&RotaryTable, usize) -> &[f32]| {
+        let all: Vec<f32> = positions.iter().flat_map(|&p| values(table, p as usize).to_vec()).collect();
         Tensor::from_vec(all, (rows, 1, half), x.device())
     };
-    let cos = gather(&|p| table.cos(p).to_vec())?;
-    let sin = gather(&|p| table.sin(p).to_vec())?;
+    let (cos, sin) = (gather(RotaryTable::cosines)?, gather(RotaryTable::sines)?);
     let sin = if backward { sin.neg()? } else { sin };
     let heads = x.reshape((rows, width / head_dim, head_dim))?;
     let (a, b) = (heads.narrow(2, 0, half)?, heads.narrow(2, half, half)?);

@@ -1,7 +1,16 @@
 //! Fused CPU kernels on plain slices.
 
 pub mod bench;
+pub mod cross_entropy;
+pub mod elementwise;
+pub mod gated;
 pub mod gemm;
 pub mod isa;
+pub mod math;
+pub mod norm;
+pub mod reduce;
+pub mod rope;
 mod scratch;
 pub mod ternary;
+#[cfg(test)]
+pub(crate) mod testing;
