@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use memmap2::Mmap;
 
@@ -61,7 +62,7 @@ pub struct GgufFile {
     pub version: u32,
     pub metadata: Metadata,
     pub tensors: Vec<TensorInfo>,
-    map: Mmap,
+    map: Arc<Mmap>,
 }
 
 impl GgufFile {
@@ -78,7 +79,7 @@ impl GgufFile {
         // meanwhile, and all reads go through slices bounded by the length at this moment.
         let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", path))?;
         let (version, metadata, tensors) = Reader { bytes: &map, at: 0 }.tables().map_err(|cause| Error::file(path, cause))?;
-        Ok(Self { path: path.to_owned(), version, metadata, tensors, map })
+        Ok(Self { path: path.to_owned(), version, metadata, tensors, map: Arc::new(map) })
     }
 
     /// The data of a tensor from this file's table.
@@ -89,6 +90,11 @@ impl GgufFile {
         info.format()?;
         let end = info.bytes.and_then(|bytes| info.offset.checked_add(bytes));
         end.and_then(|end| self.map.get(info.offset..end)).ok_or_else(|| Error::file(&self.path, format!("no data for {}", info.name)))
+    }
+
+    /// The mapped file, for parameters that outlive this value.
+    pub fn map(&self) -> Arc<Mmap> {
+        Arc::clone(&self.map)
     }
 
     /// The tensor called `name`.
