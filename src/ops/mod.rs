@@ -3,7 +3,6 @@
 //! An operation is one file: a reference composed of candle tensor operations, which runs on any candle device, and a fused CPU path
 //! over the slice kernels of [`cpu`]; forward and backward side by side. Everything accumulates in f32 (losses and statistics in f64).
 
-#[cfg(any())]
 pub mod attention;
 pub mod cpu;
 pub mod cross_entropy;

@@ -4,11 +4,12 @@
 //! x: [rows, in]   W_i: [out_i, in] f32 master   y_i: [rows, out_i]
 //! Products of codes are exact integers; the fused path is the engine's own kernel over the same packed bits.
 
-use super::cpu::ternary::{PackedTernary, dequantize_activations, quantize_activations, ternary_matmul};
+use super::cpu::ternary::{PackedTernary, quantize_activations, ternary_matmul};
 use super::host::{buffer, from_vec, host};
 use super::linear::{input_gradient, weight_gradient};
 use crate::tape::{Tape, Var};
 use candle_core::{DType, Result, Tensor};
+use rayon::prelude::*;
 
 /// Ternary products of `x` with several weights.
 pub fn ternary_linears<'a, const N: usize>(tape: &Tape<'a>, x: &Var, weights: [&Var; N]) -> Result<[Var; N]> {
@@ -45,15 +46,23 @@ fn fused<'a, const N: usize>(tape: &Tape<'a>, x: &Var, weights: [&Var; N]) -> Re
             let dense = packed.iter().map(unpack).collect::<Result<Vec<_>>>()?;
             flow.add(target, input_gradient(&gradients, &dense.iter().collect::<Vec<_>>())?)?;
         }
-        let mut rounded = buffer(rows * width);
-        dequantize_activations(&codes, &gammas, width, &mut rounded);
-        let rounded = from_vec(rounded, (rows, width))?;
+        let rounded = from_vec(dequantize(&codes, &gammas, width), (rows, width))?;
         for (weight, gradient) in weights.into_iter().zip(gradients) {
             let Some(gradient) = gradient.filter(|_| weight.needs_gradient()) else { continue };
             weight_gradient(flow, weight, gradient, &rounded)?;
         }
         Ok(())
     }))
+}
+
+/// The activations that the codes stand for.
+fn dequantize(codes: &[i8], gammas: &[f32], width: usize) -> Vec<f32> {
+    let mut x = buffer(codes.len());
+    x.par_chunks_mut(width).zip(codes.par_chunks(width)).zip(gammas).for_each(|((x, codes), gamma)| {
+        let step = gamma / 127.0;
+        x.iter_mut().zip(codes).for_each(|(x, &code)| *x = f32::from(code) * step);
+    });
+    x
 }
 
 fn unpack(matrix: &PackedTernary) -> Result<Tensor> {

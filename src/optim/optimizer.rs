@@ -1,0 +1,299 @@
+//! One object for all parameters: clips, schedules, steps each parameter by its rule, and hands its state to checkpoints.
+
+use std::collections::BTreeMap;
+
+use rayon::prelude::*;
+
+use super::clip::{clip_factor, global_norm, scale};
+use super::groups::{Assignment, ParameterInfo, Table};
+use super::reduce::sum_of_squares;
+use super::rule::{Rule, StepInfo};
+use super::{Config, RuleName, elements};
+use crate::error::{Error, Result};
+
+/// One parameter in one step. The gradient is clipped in place.
+#[derive(Debug)]
+pub struct ParameterSlice<'a> {
+    pub name: &'a str,
+    pub data: &'a mut [f32],
+    pub gradient: &'a mut [f32],
+}
+
+/// What a step did.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StepReport {
+    /// Before clipping.
+    pub gradient_norm: f64,
+    /// The hidden matrices' scheduled rate.
+    pub learning_rate: f64,
+    /// Size of each parameter's change over its size before, both as root mean square (0 for a parameter that was zero); empty
+    /// unless asked for.
+    pub update_ratios: Vec<f64>,
+}
+
+/// The optimizer of a run. State is one flat buffer per parameter, all zeros at first.
+pub struct Optimizer {
+    config: Config,
+    table: Table,
+    rules: Vec<(RuleName, Box<dyn Rule>)>,
+    state: Vec<Vec<f32>>,
+    total_steps: u64,
+}
+
+impl Optimizer {
+    /// Assigns `parameters` and allocates their state. A later step expects them in this order.
+    ///
+    /// # Errors
+    /// Impossible settings, or a parameter that cannot be assigned (see [`Table::new`]).
+    pub fn new(config: &Config, parameters: &[ParameterInfo], total_steps: u64) -> Result<Self> {
+        config.check(total_steps)?;
+        let table = Table::new(config, parameters)?;
+        let state = table.rows.iter().map(|row| vec![0.0; row.state_bytes / size_of::<f32>()]).collect();
+        let rules = RuleName::ALL.map(|name| (name, name.build(config))).into();
+        Ok(Self { config: config.clone(), table, rules, state, total_steps })
+    }
+
+    /// Who gets what.
+    pub fn table(&self) -> &Table {
+        &self.table
+    }
+
+    /// The scheduled rate of the hidden matrices at `step`; each group's is this times its ratio in the [`Table`].
+    pub fn learning_rate(&self, step: u64) -> f64 {
+        self.config.learning_rate * self.config.schedule.factor(step, self.total_steps)
+    }
+
+    /// Clips all gradients and updates all parameters. `step` counts from 0 over the whole run.
+    ///
+    /// # Errors
+    /// A gradient that is not finite; nothing has changed then.
+    ///
+    /// # Panics
+    /// When `parameters` are not those the optimizer was made for, in their order.
+    pub fn step(&mut self, step: u64, parameters: &mut [ParameterSlice<'_>]) -> Result<StepReport> {
+        self.run(step, parameters, false)
+    }
+
+    /// [`Optimizer::step`], which also measures how far each parameter moved: one more copy and pass over each.
+    ///
+    /// # Errors
+    /// As [`Optimizer::step`].
+    ///
+    /// # Panics
+    /// As [`Optimizer::step`].
+    pub fn step_measured(&mut self, step: u64, parameters: &mut [ParameterSlice<'_>]) -> Result<StepReport> {
+        self.run(step, parameters, true)
+    }
+
+    fn run(&mut self, step: u64, parameters: &mut [ParameterSlice<'_>], measure: bool) -> Result<StepReport> {
+        self.recognize(parameters);
+        let gradient_norm = self.clip(parameters)?;
+        let schedule = self.config.schedule.factor(step, self.total_steps);
+        let (rules, config, total_steps) = (&self.rules, &self.config, self.total_steps);
+        let update = |((slice, state), row): ((&mut ParameterSlice<'_>, &mut Vec<f32>), &Assignment)| {
+            let at = StepInfo {
+                step,
+                total_steps,
+                learning_rate: config.learning_rate * row.learning_rate_ratio * schedule,
+                schedule,
+                weight_decay: row.weight_decay,
+            };
+            let before = if measure { slice.data.to_vec() } else { Vec::new() };
+            let rule = rules.iter().find(|(name, _)| *name == row.rule).map(|(_, rule)| rule).expect("every rule is built");
+            rule.step(&at, &row.logical_shape, slice.data, slice.gradient, state)
+                .map_err(|_| Error::input(&row.name, format!("the update of step {step} is not finite")).fix(DIVERGED))?;
+            Ok(if measure { change(&before, slice.data) } else { 0.0 })
+        };
+        let work = parameters.par_iter_mut().zip(&mut self.state).zip(&self.table.rows);
+        let ratios = work.map(update).collect::<Result<Vec<f64>>>()?;
+        let update_ratios = if measure { ratios } else { Vec::new() };
+        Ok(StepReport { gradient_norm, learning_rate: config.learning_rate * schedule, update_ratios })
+    }
+
+    fn recognize(&self, parameters: &[ParameterSlice<'_>]) {
+        assert_eq!(parameters.len(), self.table.rows.len(), "number of parameters");
+        for (slice, row) in parameters.iter().zip(&self.table.rows) {
+            assert_eq!(slice.name, row.name, "order of the parameters");
+            let length = elements(&row.shape);
+            assert!(slice.data.len() == length && slice.gradient.len() == length, "length of {}", row.name);
+        }
+    }
+
+    /// Returns the norm before clipping.
+    fn clip(&self, parameters: &mut [ParameterSlice<'_>]) -> Result<f64> {
+        let found = global_norm(parameters.iter().map(|slice| &*slice.gradient));
+        if let Some(bad) = found.first_not_finite {
+            return Err(Error::input(parameters[bad].name, "its gradient is not finite").fix(DIVERGED));
+        }
+        let factor = clip_factor(found.norm, self.config.clip);
+        parameters.iter_mut().for_each(|slice| scale(slice.gradient, factor));
+        Ok(found.norm)
+    }
+
+    /// The state by name, `PARAMETER.RULE.SEGMENT`, in the order of the parameters: what a checkpoint must keep besides the step.
+    pub fn state_tensors(&self) -> impl Iterator<Item = (String, &[f32])> {
+        self.segments().map(|(name, parameter, range)| (name, &self.state[parameter][range]))
+    }
+
+    /// Names of all state tensors with the parameter's index and the place in its state.
+    fn segments(&self) -> impl Iterator<Item = (String, usize, std::ops::Range<usize>)> {
+        self.table.rows.iter().enumerate().flat_map(|(index, row)| {
+            let mut end = 0;
+            let segments = row.rule.build(&self.config).state_segments(&row.logical_shape);
+            segments.into_iter().map(move |(segment, length)| {
+                let start = end;
+                end += length;
+                (format!("{}.{}.{segment}", row.name, row.rule.name()), index, start..end)
+            })
+        })
+    }
+
+    /// Replaces the whole state by what [`Optimizer::state_tensors`] once gave, in any order.
+    ///
+    /// # Errors
+    /// A tensor that is missing, twice there, unknown (another rule's, another model's) or of another length; nothing has changed
+    /// then.
+    pub fn load_state<'a>(&mut self, tensors: impl IntoIterator<Item = (&'a str, &'a [f32])>) -> Result<()> {
+        let mut found = BTreeMap::new();
+        for (name, values) in tensors {
+            if found.insert(name, values).is_some() {
+                return Err(Error::input(name, "optimizer state is there twice"));
+            }
+        }
+        let mut state: Vec<Vec<f32>> = self.state.iter().map(|state| Vec::with_capacity(state.len())).collect();
+        for (name, parameter, range) in self.segments() {
+            let Some(values) = found.remove(name.as_str()) else {
+                return Err(Error::input(name, "optimizer state is missing").fix(SAME_RECIPE));
+            };
+            if values.len() != range.len() {
+                let cause = format!("optimizer state has {} values where {} are expected", values.len(), range.len());
+                return Err(Error::input(name, cause).fix(SAME_RECIPE));
+            }
+            state[parameter].extend_from_slice(values);
+        }
+        if let Some(name) = found.keys().next() {
+            return Err(Error::input(name, "optimizer state belongs to no parameter of this run").fix(SAME_RECIPE));
+        }
+        self.state = state;
+        Ok(())
+    }
+}
+
+const DIVERGED: &str = "lower the learning rate, lengthen the warm-up, or look for a fault in the data";
+const SAME_RECIPE: &str = "resume with the recipe that wrote the checkpoint, or start a new run from its weights";
+
+fn change(before: &[f32], after: &[f32]) -> f64 {
+    let size = sum_of_squares(before).sqrt();
+    let moved: Vec<f32> = before.iter().zip(after).map(|(before, after)| after - before).collect();
+    if size == 0.0 { 0.0 } else { sum_of_squares(&moved).sqrt() / size }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::optim::Role;
+    use crate::optim::testing::random;
+
+    fn optimizer(config: &Config) -> Optimizer {
+        let parameters = [ParameterInfo::new("embed", [6, 4], Role::Embedding), ParameterInfo::new("w", [4, 4], Role::HiddenMatrix)];
+        Optimizer::new(config, &parameters, 10).unwrap()
+    }
+
+    struct Run {
+        data: [Vec<f32>; 2],
+        gradient: [Vec<f32>; 2],
+    }
+
+    impl Run {
+        fn new() -> Self {
+            Self { data: [random(1, 24), random(2, 16)], gradient: [random(3, 24), random(4, 16)] }
+        }
+
+        fn slices(&mut self) -> Vec<ParameterSlice<'_>> {
+            let pairs = self.data.iter_mut().zip(&mut self.gradient).zip(["embed", "w"]);
+            pairs.map(|((data, gradient), name)| ParameterSlice { name, data, gradient }).collect()
+        }
+    }
+
+    #[test]
+    fn every_group_moves_with_the_schedule() {
+        let config = Config { weight_decay: 0.0, clip: 0.0, ..Config::default() };
+        let moved = |step| {
+            let (mut run, start) = (Run::new(), Run::new());
+            let report = optimizer(&config).step(step, &mut run.slices()).unwrap();
+            let size = |i: usize| change(&start.data[i], &run.data[i]);
+            [report.learning_rate, size(0), size(1)]
+        };
+        // Both at full height would give equal moves for the spectral rule; AdamW's correction depends on the step as well.
+        let (peak, late) = (moved(5), moved(9));
+        let fraction = config.schedule.factor(9, 10);
+        assert!(fraction < 0.5 && (late[0] / peak[0] - fraction).abs() < 1e-9);
+        assert!((late[2] / peak[2] - fraction).abs() < 1e-3);
+        assert!(late[1] / peak[1] < 1.2 * fraction);
+    }
+
+    #[test]
+    fn clipping_reports_the_norm_before_and_bounds_it_after() {
+        let mut run = Run::new();
+        let norm = global_norm(run.gradient.iter().map(Vec::as_slice)).norm;
+        let report = optimizer(&Config::default()).step(0, &mut run.slices()).unwrap();
+        assert!(norm > 1.0 && report.gradient_norm == norm);
+        assert!((global_norm(run.gradient.iter().map(Vec::as_slice)).norm - 1.0).abs() < 1e-6);
+    }
+
+    #[test]
+    fn a_bad_gradient_is_named_and_changes_nothing() {
+        let (mut run, start) = (Run::new(), Run::new());
+        run.gradient[1][3] = f32::INFINITY;
+        let mut optimizer = optimizer(&Config::default());
+        let error = optimizer.step(0, &mut run.slices()).unwrap_err();
+        assert!(error.to_string().starts_with("w: "), "{error}");
+        assert_eq!(run.data, start.data);
+        assert_eq!(run.gradient[0], start.gradient[0]);
+        assert!(optimizer.state.iter().flatten().all(|&x| x == 0.0));
+    }
+
+    #[test]
+    fn ratios_are_measured_on_request() {
+        let mut run = Run::new();
+        let mut optimizer = optimizer(&Config::default());
+        assert!(optimizer.step(0, &mut run.slices()).unwrap().update_ratios.is_empty());
+        let before = run.data.clone();
+        let ratios = optimizer.step_measured(1, &mut run.slices()).unwrap().update_ratios;
+        assert_eq!(ratios, [change(&before[0], &run.data[0]), change(&before[1], &run.data[1])]);
+        assert!(ratios.iter().all(|ratio| (1e-5..0.1).contains(ratio)), "{ratios:?}");
+    }
+
+    #[test]
+    #[should_panic(expected = "order of the parameters")]
+    fn parameters_out_of_order_are_a_bug() {
+        let mut run = Run::new();
+        let mut slices = run.slices();
+        slices.reverse();
+        let _ = optimizer(&Config::default()).step(0, &mut slices);
+    }
+
+    #[test]
+    fn state_of_another_run_is_refused() {
+        let saved = optimizer(&Config { rule: RuleName::Lion, ..Config::default() });
+        let tensors: Vec<(String, Vec<f32>)> = saved.state_tensors().map(|(name, values)| (name, values.to_vec())).collect();
+        let names: Vec<&str> = tensors.iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(names, ["embed.adamw.first_moment", "embed.adamw.second_moment", "w.lion.momentum"]);
+
+        let all = |tensors: &[(String, Vec<f32>)], rule| {
+            let pairs = tensors.iter().map(|(name, values)| (name.as_str(), values.as_slice()));
+            optimizer(&Config { rule, ..Config::default() }).load_state(pairs).map_err(|error| error.to_string())
+        };
+        assert_eq!(all(&tensors, RuleName::Lion), Ok(()));
+        assert_eq!(all(&tensors, RuleName::Muon), Err("w.muon.momentum: optimizer state is missing".to_owned()));
+        assert!(all(&tensors[1..], RuleName::Lion).unwrap_err().contains("missing"));
+        let mut changed = tensors.clone();
+        changed.push(tensors[0].clone());
+        assert!(all(&changed, RuleName::Lion).unwrap_err().contains("twice"));
+        changed[3].0 = "other".to_owned();
+        assert!(all(&changed, RuleName::Lion).unwrap_err().contains("belongs to no parameter"));
+        changed.pop();
+        changed[2].1.pop();
+        assert!(all(&changed, RuleName::Lion).unwrap_err().contains("15 values where 16"));
+    }
+}
