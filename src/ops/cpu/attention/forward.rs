@@ -1,0 +1,182 @@
+//! The forward pass over one block of lines: a line is one query of one head, with the range of keys it sees.
+//!
+//! Lines are independent of each other down to the bits: what a line gets is the same whichever lines share its block, because every
+//! score and every output is its own chain of multiply-adds, and keys that only other lines see enter with weight exactly 0.
+
+use super::product::{Product, Target};
+use super::tiles::{KeyValueTiles, TILE, key_tile_len, padded, value_tile_len};
+use crate::multiversion;
+use crate::ops::cpu::math::{exp, ln};
+use crate::ops::cpu::reduce::{self, LANES, Lanes};
+use crate::ops::cpu::scratch::Scratch;
+
+/// Lines per block: what shares one pass over the tiles.
+pub(super) const BLOCK: usize = 64;
+/// Lines whose scores are computed, turned into weights and used up together.
+pub(super) const GROUP: usize = 8;
+
+/// The half-open range of slots of a tile that a query sees.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Seen {
+    pub(super) first: usize,
+    pub(super) end: usize,
+}
+
+impl Seen {
+    /// What a query at `position` whose document starts at `start` sees of `tile`.
+    pub(super) fn of(tile: usize, start: usize, position: usize) -> Seen {
+        let base = tile * TILE;
+        let end = (position + 1).clamp(base, base + TILE) - base;
+        Seen { first: start.clamp(base, base + TILE).min(base + end) - base, end }
+    }
+
+    pub(super) fn is_empty(self) -> bool {
+        self.first >= self.end
+    }
+
+    /// The smallest range that covers all of `seen`.
+    pub(super) fn hull(seen: &[Seen]) -> Seen {
+        let ranges = || seen.iter().filter(|range| !range.is_empty());
+        let end = ranges().map(|range| range.end).max().unwrap_or(0);
+        Seen { first: ranges().map(|range| range.first).min().unwrap_or(end), end }
+    }
+
+    /// The range widened to whole vectors: (first, length).
+    pub(super) fn lanes(self) -> (usize, usize) {
+        let first = self.first / LANES * LANES;
+        (first, self.end.next_multiple_of(LANES) - first)
+    }
+}
+
+/// A block of lines on its way through the tiles.
+pub(super) struct Block {
+    head_dim: usize,
+    /// What each line sees: (start of its document, its position).
+    spans: Vec<(usize, usize)>,
+    /// [BLOCK, head_dim], scaled.
+    queries: Scratch,
+    /// [BLOCK, padded head_dim], not yet divided by the sums.
+    outputs: Scratch,
+    maxima: [f32; BLOCK],
+    sums: [Lanes; BLOCK],
+}
+
+impl Block {
+    pub(super) fn new(head_dim: usize) -> Block {
+        let (queries, outputs) = (Scratch::take(BLOCK * head_dim), Scratch::take(BLOCK * padded(head_dim)));
+        Block { head_dim, spans: Vec::with_capacity(BLOCK), queries, outputs, maxima: [0.0; BLOCK], sums: [[0.0; LANES]; BLOCK] }
+    }
+
+    /// Starts over without lines.
+    pub(super) fn clear(&mut self) {
+        self.spans.clear();
+        self.outputs.fill(0.0);
+        self.maxima.fill(f32::NEG_INFINITY);
+        self.sums.fill([0.0; LANES]);
+    }
+
+    /// Adds a line. Lines come in ascending order of position.
+    pub(super) fn push(&mut self, query: &[f32], scale: f32, start: usize, position: usize) {
+        debug_assert!(start <= position && self.spans.len() < BLOCK && query.len() == self.head_dim);
+        let line = &mut self.queries[self.spans.len() * self.head_dim..][..self.head_dim];
+        line.iter_mut().zip(query).for_each(|(line, query)| *line = query * scale);
+        self.spans.push((start, position));
+    }
+
+    /// Attends to every tile that some line sees.
+    pub(super) fn attend(&mut self, tiles: &(impl KeyValueTiles + ?Sized), kv_head: usize) {
+        let Some((_, last)) = self.spans.last() else { return };
+        let first = self.spans.iter().map(|(start, _)| *start).min().unwrap_or(0);
+        let (mut key_scratch, mut value_scratch) =
+            (Scratch::take(key_tile_len(self.head_dim)), Scratch::take(value_tile_len(self.head_dim)));
+        let mut scores = Scratch::take(GROUP * TILE);
+        for tile in first / TILE..=last / TILE {
+            let keys = tiles.keys(kv_head, tile, &mut key_scratch);
+            let values = tiles.values(kv_head, tile, &mut value_scratch);
+            for line in (0..self.spans.len()).step_by(GROUP) {
+                self.attend_group(tile, line, keys, values, &mut scores);
+            }
+        }
+    }
+
+    fn attend_group(&mut self, tile: usize, first_line: usize, keys: &[f32], values: &[f32], scores: &mut [f32]) {
+        let (head_dim, width) = (self.head_dim, padded(self.head_dim));
+        let lines = first_line..self.spans.len().min(first_line + GROUP);
+        let rows = lines.len();
+        let mut seen = [Seen::default(); GROUP];
+        let spans = &self.spans[lines.clone()];
+        seen.iter_mut().zip(spans).for_each(|(seen, (start, position))| *seen = Seen::of(tile, *start, *position));
+        let hull = Seen::hull(&seen[..rows]);
+        if hull.is_empty() {
+            return;
+        }
+        let (first, columns) = hull.lanes();
+        let queries = &self.queries[first_line * head_dim..];
+        let product = Product {
+            rows,
+            steps: head_dim,
+            columns,
+            a: queries,
+            a_row_stride: head_dim,
+            a_step_stride: 1,
+            b: &keys[first..],
+            b_stride: TILE,
+        };
+        product.run(Target { c: &mut scores[first..], stride: TILE, accumulate: false });
+        let outputs = &mut self.outputs[first_line * width..];
+        soften(width, &seen[..rows], scores, &mut self.maxima[lines.clone()], &mut self.sums[lines], outputs);
+        let product = Product {
+            rows,
+            steps: hull.end - hull.first,
+            columns: width,
+            a: &scores[hull.first..],
+            a_row_stride: TILE,
+            a_step_stride: 1,
+            b: &values[hull.first * width..],
+            b_stride: width,
+        };
+        product.run(Target { c: outputs, stride: width, accumulate: true });
+    }
+
+    /// Writes a line's output and returns its log-sum-exp.
+    pub(super) fn finish(&self, line: usize, out: &mut [f32]) -> f32 {
+        let sum = reduce::join(self.sums[line], |a, b| a + b);
+        let factor = 1.0 / sum;
+        let outputs = &self.outputs[line * padded(self.head_dim)..];
+        // Adding zero turns -0, which terms of weight 0 may or may not have cleared already, into 0.
+        out.iter_mut().zip(outputs).for_each(|(out, x)| *out = x * factor + 0.0);
+        self.maxima[line] + ln(sum)
+    }
+}
+
+multiversion! {
+    /// One step of the online softmax for a group of lines: scores become weights exp(score - max), the running maxima and sums are
+    /// brought up to date, and the outputs so far are rescaled to the new maxima (Milakov & Gimelshein 2018, arXiv:1805.02867).
+    /// A line that sees nothing of the tile gets weights 0 and stays as it is.
+    fn soften(width: usize, seen: &[Seen], scores: &mut [f32], maxima: &mut [f32], sums: &mut [Lanes], outputs: &mut [f32]) {
+        let lines = seen.iter().zip(scores.chunks_exact_mut(TILE)).zip(maxima.iter_mut().zip(sums)).zip(outputs.chunks_exact_mut(width));
+        for (((seen, scores), (maximum, sums)), outputs) in lines {
+            if seen.is_empty() {
+                scores.fill(0.0);
+                continue;
+            }
+            hide(*seen, scores, f32::NEG_INFINITY);
+            let larger = reduce::larger(reduce::max(scores), *maximum);
+            let correction = exp(*maximum - larger);
+            *maximum = larger;
+            scores.iter_mut().for_each(|score| *score = exp(*score - larger));
+            if correction != 1.0 {
+                sums.iter_mut().for_each(|sum| *sum *= correction);
+                outputs.iter_mut().for_each(|output| *output *= correction);
+            }
+            *sums = reduce::add_to(*sums, scores);
+        }
+    }
+}
+
+/// Overwrites the slots outside `seen`.
+#[inline(always)]
+pub(super) fn hide(seen: Seen, scores: &mut [f32], value: f32) {
+    scores[..seen.first].fill(value);
+    scores[seen.end..].fill(value);
+}
