@@ -117,3 +117,33 @@ fn mask(shape: AttentionShape, starts: Option<&Vec<u32>>, like: &Tensor) -> Resu
     }
     Tensor::from_vec(values, (shape.batch, 1, shape.tokens, shape.tokens), like.device())?.to_dtype(like.dtype())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::{check_fused, check_reference, gaussian};
+
+    fn run(tokens: usize, starts: Option<Vec<u32>>) {
+        let shape = AttentionShape { batch: 2, tokens, heads: 4, kv_heads: 2, head_dim: 6 };
+        let inputs = [gaussian("q", &[2 * tokens, 24]), gaussian("k", &[2 * tokens, 12]), gaussian("v", &[2 * tokens, 12])];
+        let starts = starts.map(Arc::new);
+        let operation = |tape: &Tape<'_>, v: &[Var]| attention(tape, shape, [&v[0], &v[1], &v[2]], starts.clone());
+        if tokens < 20 {
+            check_reference(operation, &inputs);
+        }
+        check_fused(operation, &inputs, 5e-6);
+    }
+
+    #[test]
+    fn gradients_over_one_document_and_over_packed_ones() {
+        run(5, None);
+        run(6, Some(vec![0, 0, 2, 2, 2, 5, 0, 1, 1, 1, 1, 1]));
+    }
+
+    #[test]
+    fn several_tiles() {
+        run(150, None);
+        let starts = (0..300).map(|row| ((row % 150) / 70 * 70) as u32).collect();
+        run(150, Some(starts));
+    }
+}

@@ -132,3 +132,83 @@ pub fn logits(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     gemm(Matrix::row_major(&x, rows, width), &Matrix::row_major(&weight, vocab, width).transposed(), &mut values, vocab, false);
     from_vec(values, (rows, vocab))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::{distance, gaussian};
+    use crate::tape::Gradients;
+
+    const ROWS: usize = 9;
+    const VOCAB: usize = 11;
+    const WIDTH: usize = 5;
+    const SCALE: f32 = 0.125;
+
+    struct Sink([Tensor; 2]);
+
+    impl Gradients for Sink {
+        fn slot(&mut self, index: usize) -> (Tensor, bool) {
+            (self.0[index].clone(), false)
+        }
+
+        fn finished(&mut self, _: usize) -> Result<()> {
+            Ok(())
+        }
+    }
+
+    fn targets() -> (Vec<u32>, Vec<f32>) {
+        ((0..ROWS as u32).map(|i| (i * 5) % 11).collect(), (0..ROWS).map(|i| [1.0, 0.0, 0.5][i % 3]).collect())
+    }
+
+    /// The formula of the header, term by term.
+    fn objective(x: &[f64], weight: &[f64], z_loss: f64) -> f64 {
+        let (ids, weights) = targets();
+        let row = |r: usize| {
+            let logits: Vec<f64> = (0..VOCAB).map(|v| (0..WIDTH).map(|k| x[r * WIDTH + k] * weight[v * WIDTH + k]).sum()).collect();
+            let normalizer = logits.iter().map(|z: &f64| z.exp()).sum::<f64>().ln();
+            f64::from(weights[r]) * (normalizer - logits[ids[r] as usize] + z_loss * normalizer * normalizer)
+        };
+        f64::from(SCALE) * (0..ROWS).map(row).sum::<f64>()
+    }
+
+    fn slopes(values: [&[f64]; 2], which: usize, z_loss: f64) -> Vec<f64> {
+        let at = |element: usize, delta: f64| {
+            let mut moved = [values[0].to_vec(), values[1].to_vec()];
+            moved[which][element] += delta;
+            objective(&moved[0], &moved[1], z_loss)
+        };
+        (0..values[which].len()).map(|i| (at(i, 1e-5) - at(i, -1e-5)) / 2e-5).collect()
+    }
+
+    #[test]
+    fn loss_and_gradients_of_both_paths_match_central_differences() {
+        let (x, weight) = (gaussian("x", &[ROWS, WIDTH]), gaussian("w", &[VOCAB, WIDTH]));
+        let wide = |t: &Tensor| t.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap();
+        let (x_values, w_values) = (wide(&x), wide(&weight));
+        let (ids, weights) = targets();
+        for (tape, z_loss) in [(Tape::new(), 0.01f32), (Tape::new().reference(), 0.01), (Tape::new(), 0.0)] {
+            let narrow = [x.to_dtype(DType::F32).unwrap(), weight.to_dtype(DType::F32).unwrap()];
+            let leaves = [Var::parameter(0, narrow[0].clone()), Var::parameter(1, narrow[1].clone())];
+            let aims = Targets { ids: &ids, weights: &weights, scale: SCALE, z_loss };
+            let loss = linear_cross_entropy(&tape, &leaves[0], &leaves[1], aims).unwrap();
+            let mut sink = Sink(narrow.map(|t| t.zeros_like().unwrap()));
+            let expected = objective(&x_values, &w_values, 0.0);
+            assert!((loss.weighted_nll * f64::from(SCALE) - expected).abs() < 1e-6 * expected.abs());
+            tape.backward(&loss.root, Tensor::new(1.0f32, &candle_core::Device::Cpu).unwrap(), &mut sink).unwrap();
+            for (which, found) in sink.0.iter().enumerate() {
+                let error = distance(&wide(found), &slopes([&x_values, &w_values], which, f64::from(z_loss)));
+                assert!(error < 2e-6, "gradient {which}: {error:.1e}");
+            }
+        }
+    }
+
+    #[test]
+    fn evaluation_gives_the_same_losses_as_training() {
+        let x = gaussian("x", &[ROWS, WIDTH]).to_dtype(DType::F32).unwrap();
+        let weight = Var::parameter(0, gaussian("w", &[VOCAB, WIDTH]).to_dtype(DType::F32).unwrap());
+        let (ids, weights) = targets();
+        let aims = Targets { ids: &ids, weights: &weights, scale: SCALE, z_loss: 0.0 };
+        let losses = |tape: Tape<'_>| linear_cross_entropy(&tape, &Var::constant(x.clone()), &weight, aims).unwrap().nll;
+        assert_eq!(losses(Tape::new()), losses(Tape::evaluate()));
+    }
+}

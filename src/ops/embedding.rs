@@ -54,3 +54,15 @@ fn scatter(ids: &[u32], gradient: &[f32], width: usize, elements: &mut [f32], ac
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::{check, gaussian};
+
+    #[test]
+    fn gradients_of_repeated_and_absent_tokens() {
+        let ids = Arc::new(vec![2, 0, 2, 4, 2]);
+        check(|tape, v| embedding(tape, &ids, &v[0]), &[gaussian("e", &[6, 3])]);
+    }
+}

@@ -59,3 +59,17 @@ fn backward_reference(function: Gate, gate: &Tensor, up: &Tensor, d_y: &Tensor) 
     let (value, slope) = activate(function, gate)?;
     Ok((((d_y * up)? * slope)?, (d_y * value)?))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::{check, gaussian};
+
+    #[test]
+    fn gradients() {
+        let inputs = [gaussian("g", &[5, 7]), gaussian("u", &[5, 7])];
+        for function in [Gate::Silu, Gate::SquaredRelu] {
+            check(|tape, v| gated(tape, function, &v[0], &v[1]), &inputs);
+        }
+    }
+}

@@ -91,3 +91,24 @@ pub(super) fn weight_gradient(flow: &mut Flow<'_>, weight: Target, gradient: &Te
     fill(&mut dense, false);
     flow.add(weight, from_vec(dense, (out, width))?)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::gated::{GateFunction, gated};
+    use crate::ops::testing::{check, gaussian};
+
+    #[test]
+    fn gradients_of_maps_that_share_their_input() {
+        let inputs = [gaussian("x", &[7, 5]), gaussian("a", &[6, 5]), gaussian("b", &[6, 5])];
+        check(
+            |tape, v| {
+                let [a, b] = linears(tape, &v[0], [&v[1], &v[2]])?;
+                gated(tape, GateFunction::Silu, &a, &b)
+            },
+            &inputs,
+        );
+        // Only the second output is used, so the first has no gradient.
+        check(|tape, v| Ok(linears(tape, &v[0], [&v[1], &v[1]])?[1].clone()), &inputs[..2]);
+    }
+}

@@ -14,3 +14,5 @@ pub mod norm;
 pub mod rng;
 pub mod rope;
 pub mod ternary;
+#[cfg(test)]
+pub(crate) mod testing;

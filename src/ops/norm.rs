@@ -113,3 +113,30 @@ fn backward_reference(
     let d_gain = if gain.elem_count() == 1 { d_gain.sum_all()?.reshape(1)? } else { d_gain };
     Ok((d_x, d_gain))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::{check, gaussian};
+
+    #[test]
+    fn gradients_with_vector_and_scalar_gains_and_groups() {
+        for gain in [6, 1] {
+            let inputs = [gaussian("x", &[5, 18]), gaussian("g", &[gain])];
+            check(|tape, v| norm(tape, &v[0], &v[1], 6, 1e-5), &inputs);
+        }
+    }
+
+    #[test]
+    fn gradients_of_both_results_of_the_residual_form() {
+        let inputs = [gaussian("x", &[5, 18]), gaussian("r", &[5, 18]), gaussian("g", &[18])];
+        check(|tape, v| Ok(add_norm(tape, &v[0], &v[1], &v[2], 1e-5)?.1), &inputs);
+        check(
+            |tape, v| {
+                let (sum, y) = add_norm(tape, &v[0], &v[1], &v[2], 1e-5)?;
+                Ok(add_norm(tape, &y, &sum, &v[2], 1e-5)?.1)
+            },
+            &inputs,
+        );
+    }
+}

@@ -36,7 +36,7 @@ fn rotate_reference(x: &Tensor, positions: &[u32], table: &RotaryTable, backward
     let half = head_dim / 2;
     let gather = |values: fn(&RotaryTable, usize) -> &[f32]| {
         let all: Vec<f32> = positions.iter().flat_map(|&p| values(table, p as usize).to_vec()).collect();
-        Tensor::from_vec(all, (rows, 1, half), x.device())
+        Tensor::from_vec(all, (rows, 1, half), x.device())?.to_dtype(x.dtype())
     };
     let (cos, sin) = (gather(RotaryTable::cosines)?, gather(RotaryTable::sines)?);
     let sin = if backward { sin.neg()? } else { sin };
@@ -45,4 +45,19 @@ fn rotate_reference(x: &Tensor, positions: &[u32], table: &RotaryTable, backward
     let first = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
     let second = (b.broadcast_mul(&cos)? + a.broadcast_mul(&sin)?)?;
     Tensor::cat(&[first, second], 2)?.reshape((rows, width))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::{check_fused, check_reference, gaussian};
+
+    #[test]
+    fn gradients() {
+        let positions = Arc::new(vec![0, 3, 1, 6, 2]);
+        let table = Arc::new(RotaryTable::new(6, 100.0, 7));
+        let inputs = [gaussian("x", &[5, 18])];
+        check_reference(|tape, v| rope(tape, &v[0], &positions, &table), &inputs);
+        check_fused(|tape, v| rope(tape, &v[0], &positions, &table), &inputs, 2e-6);
+    }
 }

@@ -93,10 +93,10 @@ fn reference<'a, const N: usize>(tape: &Tape<'a>, x: &Var, weights: [&Var; N]) -
     }))
 }
 
-/// Rounds half to even: adding and removing 1.5 * 2^23 leaves no fraction bits for magnitudes below 2^22.
+/// Rounds half to even: adding and removing 1.5 times two to the number of fraction bits leaves no bits below the point.
 fn round_half_even(x: &Tensor) -> Result<Tensor> {
-    const SHIFT: f64 = 12_582_912.0;
-    (x + SHIFT)? - SHIFT
+    let shift = if x.dtype() == DType::F64 { 6_755_399_441_055_744.0 } else { 12_582_912.0 };
+    (x + shift)? - shift
 }
 
 /// Integer codes in -128..=127 (as floats) and the step `gamma / 127` per row, `[rows, 1]`.
@@ -110,7 +110,21 @@ fn activation_codes(x: &Tensor) -> Result<(Tensor, Tensor)> {
 /// Codes in {-1, 0, 1} (as floats) and alpha, `[1, 1]`.
 fn weight_codes(weight: &Tensor) -> Result<(Tensor, Tensor)> {
     let mean = weight.to_dtype(DType::F64)?.abs()?.mean_all()?.to_dtype(DType::F32)?;
-    let alpha = mean.maximum(1e-5)?.to_dtype(DType::F16)?.to_dtype(DType::F32)?.reshape((1, 1))?;
+    let alpha = mean.maximum(1e-5)?.to_dtype(DType::F16)?.to_dtype(weight.dtype())?.reshape((1, 1))?;
     let codes = round_half_even(&weight.broadcast_div(&alpha)?)?.clamp(-1.0, 1.0)?;
     Ok((codes, alpha))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::{check_fused, gaussian};
+
+    /// The straight-through gradient is not the derivative of the rounded function, so the two paths are checked against each other, and
+    /// the reference's definition is what the header says.
+    #[test]
+    fn both_paths_agree() {
+        let inputs = [gaussian("x", &[7, 40]), gaussian("a", &[20, 40])];
+        check_fused(|tape, v| ternary_linear(tape, &v[0], &v[1]), &inputs, 1e-6);
+    }
 }

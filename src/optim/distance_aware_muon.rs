@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::elements;
 use super::momentum::{Momentum, Tensors};
-use super::reduce::sum_of_squares;
+use super::reduce::{squared_distance, sum_of_squares};
 use super::rule::{NotFinite, Rule, StepInfo};
 use super::spectral::{Spectral, matrix};
 
@@ -88,8 +88,7 @@ impl DistanceAwareMuon {
         if steps == 0.0 {
             return (self.config.initial * (1.0 + sum_of_squares(start).sqrt() / root_rank)) as f32;
         }
-        let way: Vec<f32> = parameter.iter().zip(start).map(|(w, s)| w - s).collect();
-        radius.max((sum_of_squares(&way).sqrt() / root_rank) as f32)
+        radius.max((squared_distance(parameter, start).sqrt() / root_rank) as f32)
     }
 
     /// Length of a step before the schedule.

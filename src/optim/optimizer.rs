@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use super::clip::{clip_factor, global_norm, scale};
 use super::groups::{Assignment, ParameterInfo, Table};
-use super::reduce::sum_of_squares;
+use super::reduce::{squared_distance, sum_of_squares};
 use super::rule::{Rule, StepInfo};
 use super::{Config, RuleName, elements};
 use crate::error::{Error, Result};
@@ -184,8 +184,7 @@ const SAME_RECIPE: &str = "resume with the recipe that wrote the checkpoint, or 
 
 fn change(before: &[f32], after: &[f32]) -> f64 {
     let size = sum_of_squares(before).sqrt();
-    let moved: Vec<f32> = before.iter().zip(after).map(|(before, after)| after - before).collect();
-    if size == 0.0 { 0.0 } else { sum_of_squares(&moved).sqrt() / size }
+    if size == 0.0 { 0.0 } else { squared_distance(before, after).sqrt() / size }
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! Newton-Schulz orthogonalization: every singular value of a matrix is driven towards one, its singular vectors are kept.
 //! Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; Bernstein & Newhouse 2024, arXiv:2409.20325.
-//! x <- x / max(|x|_F, 1e-7);  repeat: A = x x^T,  x <- a x + (b A + c A A) x;   x: [short, long], tall matrices transposed
+//! x <- x / max(|x|_F, 1e-7);  repeat: A = x x^T,  x <- (a I + b A + c A A) x;   x: [short, long], tall matrices transposed
 //! Everything in f32. Both products of a matrix with its own transpose are symmetric, so only the blocks on and below the
 //! diagonal are computed: T (3 n^2 m + n^3) operations instead of T (4 n^2 m + 2 n^3) for n = short, m = long, T steps.
 
@@ -53,10 +53,8 @@ fn iterate(set: Coefficients, short: usize, long: usize, mut x: Vec<f32>) -> Vec
         for (gram, &square) in gram.iter_mut().zip(&square) {
             *gram = b * *gram + c * square;
         }
-        for (next, &x) in next.iter_mut().zip(&x) {
-            *next = a * x;
-        }
-        gemm(Matrix::row_major(&gram, short, short), &Matrix::row_major(&x, short, long), &mut next, long, true);
+        gram.iter_mut().step_by(short + 1).for_each(|diagonal| *diagonal += a);
+        gemm(Matrix::row_major(&gram, short, short), &Matrix::row_major(&x, short, long), &mut next, long, false);
         std::mem::swap(&mut x, &mut next);
     }
     x

@@ -13,16 +13,30 @@ pub(super) fn sum_of_squares(values: &[f32]) -> f64 {
     partial.iter().sum()
 }
 
+/// Sum of squared differences of two slices of one length, in f64.
+pub(super) fn squared_distance(a: &[f32], b: &[f32]) -> f64 {
+    let chunks = a.par_chunks(CHUNK).zip(b.par_chunks(CHUNK));
+    let partial: Vec<f64> = chunks.map(|(a, b)| difference_sum(a, b)).collect();
+    partial.iter().sum()
+}
+
 fn chunk_sum(values: &[f32]) -> f64 {
     let mut lanes = [0.0f64; LANES];
-    let (whole, rest) = values.as_chunks::<LANES>();
-    for chunk in whole {
+    for chunk in values.chunks(LANES) {
         for (lane, &x) in lanes.iter_mut().zip(chunk) {
             *lane += f64::from(x) * f64::from(x);
         }
     }
-    for (lane, &x) in lanes.iter_mut().zip(rest) {
-        *lane += f64::from(x) * f64::from(x);
+    lanes.iter().sum()
+}
+
+fn difference_sum(a: &[f32], b: &[f32]) -> f64 {
+    let mut lanes = [0.0f64; LANES];
+    for (a, b) in a.chunks(LANES).zip(b.chunks(LANES)) {
+        for (lane, (&a, &b)) in lanes.iter_mut().zip(a.iter().zip(b)) {
+            let difference = f64::from(a) - f64::from(b);
+            *lane += difference * difference;
+        }
     }
     lanes.iter().sum()
 }
@@ -38,6 +52,8 @@ mod tests {
             let values = random(length as u64, length);
             let plain: f64 = values.iter().map(|&x| f64::from(x).powi(2)).sum();
             assert!((sum_of_squares(&values) - plain).abs() <= 1e-12 * plain, "{length}");
+            let doubled: Vec<f32> = values.iter().map(|x| 2.0 * x).collect();
+            assert_eq!(squared_distance(&doubled, &values), sum_of_squares(&values), "{length}");
         }
     }
 

@@ -29,7 +29,7 @@ const SHARED_ROWS: usize = 384;
 const SHARED_STRIPS: usize = 4;
 
 /// Products below this many multiply-adds take less time than waking a thread.
-const SERIAL_PRODUCT: usize = 1 << 18;
+const SERIAL_PRODUCT: usize = 1 << 19;
 
 /// Columns of B packed at a time when it is shared: at most 3 MiB.
 const SHARED_COLUMNS: usize = 2048;
@@ -385,7 +385,7 @@ mod tests {
 
     #[test]
     fn threads_do_not_show() {
-        for (m, k, n) in [(500, 800, 130), (20, 800, 130)] {
+        for (m, k, n) in [(500, 800, 130), (20, 800, 130), (1, 800, 1300)] {
             let (left, right) = (values(m * k, 8), values(k * n, 9));
             let mut results = (1..=3).map(|threads| {
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a small pool starts");

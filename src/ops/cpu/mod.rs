@@ -1,7 +1,7 @@
 //! Fused CPU kernels on plain slices.
 
-pub mod bench;
 pub mod attention;
+pub mod bench;
 pub mod cross_entropy;
 pub mod elementwise;
 pub mod gated;

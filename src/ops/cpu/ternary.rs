@@ -30,11 +30,18 @@ const ROUNDER: f32 = 12_582_912.0;
 /// Elements summed by one task; fixed, so that the mean does not depend on the number of threads.
 const SUM_CHUNK: usize = 1 << 16;
 
-/// The scale of a tensor of weights: its mean magnitude, at least [`SMALLEST_SCALE`], rounded to f16 as the packed file stores it.
+/// The scale of a tensor of weights: its mean magnitude, at least [`SMALLEST_SCALE`], rounded to f16 as the packed file stores it; NaN
+/// where a weight is.
 pub fn weight_scale(weights: &[f32]) -> f16 {
     let sums: Vec<f64> = weights.par_chunks(SUM_CHUNK).map(magnitude_sum).collect();
     let mean = sums.iter().sum::<f64>() / weights.len().max(1) as f64;
-    f16::from_f32((mean as f32).max(SMALLEST_SCALE))
+    f16::from_f32(at_least_smallest(mean as f32))
+}
+
+/// Unlike `f32::max` this keeps a NaN, which then shows in every product.
+#[inline(always)]
+fn at_least_smallest(scale: f32) -> f32 {
+    if scale < SMALLEST_SCALE { SMALLEST_SCALE } else { scale }
 }
 
 multiversion! {
@@ -76,13 +83,12 @@ pub fn quantize_activations(x: &[f32], width: usize, codes: &mut [i8], gammas: &
         return gammas.fill(SMALLEST_SCALE);
     }
     let rows = (TASK_ELEMENTS / width).max(1);
-    let quantize = |((x, codes), gammas): ((&[f32], &mut [i8]), &mut [f32])| {
+    let chunks = (x.par_chunks(rows * width), codes.par_chunks_mut(rows * width), gammas.par_chunks_mut(rows));
+    chunks.into_par_iter().for_each(|(x, codes, gammas)| {
         for ((x, codes), gamma) in x.chunks(width).zip(codes.chunks_mut(width)).zip(gammas) {
             *gamma = quantize_row(x, codes);
         }
-    };
-    let chunks = (x.par_chunks(rows * width), codes.par_chunks_mut(rows * width), gammas.par_chunks_mut(rows));
-    chunks.into_par_iter().for_each(|(x, codes, gammas)| quantize(((x, codes), gammas)));
+    });
 }
 
 /// Activations that one task quantizes: enough to outweigh handing the task over, so one token's row stays on its thread.
@@ -93,8 +99,7 @@ multiversion! {
     fn quantize_row(x: &[f32], codes: &mut [i8]) -> f32 {
         // As unsigned integers, magnitudes order as floats do, with infinity and NaN above them all.
         let largest = x.iter().fold(0, |largest: u32, x| largest.max(x.abs().to_bits()));
-        let magnitude = f32::from_bits(largest);
-        let gamma = if magnitude < SMALLEST_SCALE { SMALLEST_SCALE } else { magnitude };
+        let gamma = at_least_smallest(f32::from_bits(largest));
         let factor = CODE_LIMIT / gamma;
         for (code, x) in codes.iter_mut().zip(x) {
             let bounded = (x * factor).clamp(-CODE_LIMIT - 1.0, CODE_LIMIT);
@@ -114,9 +119,9 @@ multiversion! {
 const ROW_TASKS_FROM: usize = 8 * ROWS;
 
 /// Products below this many multiply-adds take less time than waking a thread.
-const SERIAL_PRODUCT: usize = 1 << 18;
+const SERIAL_PRODUCT: usize = 1 << 20;
 
-/// out[m, n] = (codes[m, k] . weights[n, k]) * ((gamma[m] / 127) * alpha), with m = `gammas.len()`.
+/// `out[m][n] = (codes[m] . weights[n]) * ((gammas[m] / 127) * alpha)`, the dot product over k in exact integers.
 ///
 /// # Panics
 /// When the lengths of `codes` or `out` disagree with the shapes.
@@ -261,9 +266,19 @@ mod tests {
 
     #[test]
     fn products_are_exact_on_every_isa() {
-        for (m, n, k) in
-            [(1, 1, 1), (1, 16, 16), (2, 17, 15), (3, 70, 33), (12, 64, 64), (13, 100, 130), (27, 31, 7), (100, 90, 47), (1, 600, 500)]
-        {
+        for (m, n, k) in [
+            (1, 1, 1),
+            (1, 16, 16),
+            (2, 17, 15),
+            (3, 70, 33),
+            (12, 64, 64),
+            (13, 100, 130),
+            (27, 31, 7),
+            (100, 90, 47),
+            (100, 300, 47),
+            (1, 1300, 900),
+            (30, 500, 90),
+        ] {
             let codes: Vec<i8> = noise(m * k, 1).map(|bits| bits as u8 as i8).collect();
             let ternary: Vec<i8> = noise(n * k, 2).map(|bits| (bits % 3) as i8 - 1).collect();
             assert_exact(&codes, m, &PackedTernary::from_codes(&ternary, n, k, f16::from_f32(0.37)));
@@ -282,7 +297,7 @@ mod tests {
 
     #[test]
     fn rows_alone_equal_rows_in_a_batch() {
-        let (m, n, k) = (130, 70, 200);
+        let (m, n, k) = (130, 70, 200); // above the serial limit as a batch, below it alone
         let x = floats(m * k, 3);
         let weights = PackedTernary::from_weights(&floats(n * k, 4), n, k);
         let run = |x: &[f32]| {
@@ -343,6 +358,7 @@ mod tests {
         }
         assert_eq!(weight_scale(&[0.0; 10]), f16::from_f32(1e-5));
         assert_eq!(weight_scale(&[]), f16::from_f32(1e-5));
+        assert!(weight_scale(&[1.0, f32::NAN]).is_nan());
     }
 
     #[test]

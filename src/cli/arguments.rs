@@ -1,0 +1,205 @@
+//! What can be typed. Knobs that affect a result live in recipes; the command line picks a command, its input and its output.
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::path::PathBuf;
+
+/// Trains language models that stay good when they are quantized, and proves it.
+#[derive(Debug, Parser)]
+#[command(name = "osprey", version, disable_help_subcommand = true)]
+pub struct Arguments {
+    #[command(subcommand)]
+    pub command: Command,
+    /// Print results, warnings and errors only.
+    #[arg(long, short, global = true)]
+    pub quiet: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Pretrain, then export and validate as the recipe asks.
+    Train(Train),
+    /// Write a model in a format that other engines load.
+    Export(Export),
+    /// Run an exported file and its original, and say what was lost.
+    Validate(Validate),
+    /// Negative log-likelihood per token of a text.
+    Eval(Eval),
+    /// Continue a prompt.
+    Generate(Generate),
+    /// Tokenize and shard a recipe's data and show what a batch really contains.
+    Data(RecipeOnly),
+    /// What a recipe will build and cost: parameters, optimizer rules, engines, memory, time.
+    Plan(RecipeOnly),
+    /// What is in a run, checkpoint, GGUF file or token shard.
+    Inspect(Inspect),
+    /// What this machine has, and each kernel against its reference.
+    Doctor(Report),
+    /// Speed beside the machine's limits.
+    Bench(Bench),
+}
+
+/// A recipe with its overrides.
+#[derive(Args, Debug)]
+pub struct RecipeArguments {
+    /// Recipe, TOML.
+    pub recipe: PathBuf,
+    /// Override one key, for example `--set train.steps=100`.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub overrides: Vec<String>,
+}
+
+#[derive(Args, Debug)]
+pub struct Report {
+    /// Write the figures as JSON.
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+}
+
+#[derive(Args, Debug)]
+pub struct RecipeOnly {
+    #[command(flatten)]
+    pub recipe: RecipeArguments,
+    #[command(flatten)]
+    pub report: Report,
+}
+
+#[derive(Args, Debug)]
+pub struct Train {
+    #[command(flatten)]
+    pub recipe: RecipeArguments,
+    /// Where to continue: the run's newest whole checkpoint when there is one, never, or a checkpoint folder.
+    #[arg(long, value_name = "auto|never|DIR", default_value = "auto")]
+    pub resume: String,
+    /// Where to compute: `cpu` or `cuda:N`.
+    #[arg(long, default_value = "cpu")]
+    pub device: String,
+    /// Prove on this recipe that an interrupted and resumed run gives the same bits, and stop.
+    #[arg(long)]
+    pub verify_resume: bool,
+    /// Run only the batch of a step that failed, from the file it left.
+    #[arg(long, value_name = "FILE")]
+    pub replay: Option<PathBuf>,
+    #[command(flatten)]
+    pub report: Report,
+}
+
+#[derive(Args, Debug)]
+pub struct Export {
+    /// Checkpoint, Hugging Face directory or GGUF file.
+    pub model: PathBuf,
+    /// Format of the artifact.
+    #[arg(long)]
+    pub format: String,
+    /// File (GGUF) or directory to write.
+    #[arg(long)]
+    pub out: PathBuf,
+    #[command(flatten)]
+    pub report: Report,
+}
+
+/// How a text becomes documents.
+#[derive(Args, Debug)]
+pub struct Text {
+    /// Text file (UTF-8), or JSONL with a `text` field.
+    #[arg(long, value_name = "FILE")]
+    pub text: PathBuf,
+    /// What separates documents; without it the file is one document.
+    #[arg(long, value_name = "STRING")]
+    pub document_separator: Option<String>,
+    /// Read only this many documents.
+    #[arg(long, value_name = "N")]
+    pub max_documents: Option<usize>,
+    /// Cut documents to this many tokens, the beginning-of-text token included; the model's context by default.
+    #[arg(long, value_name = "N")]
+    pub context: Option<usize>,
+}
+
+#[derive(Args, Debug)]
+pub struct Validate {
+    /// Exported file or directory.
+    pub artifact: PathBuf,
+    /// The model it was made from.
+    #[arg(long, value_name = "MODEL")]
+    pub against: PathBuf,
+    #[command(flatten)]
+    pub text: Text,
+    #[command(flatten)]
+    pub report: Report,
+}
+
+#[derive(Args, Debug)]
+pub struct Eval {
+    /// Checkpoint, Hugging Face directory or GGUF file.
+    pub model: PathBuf,
+    #[command(flatten)]
+    pub text: Text,
+    /// Write one JSON line per predicted token: document, position, token, nll, top1.
+    #[arg(long, value_name = "FILE")]
+    pub tokens: Option<PathBuf>,
+    #[command(flatten)]
+    pub report: Report,
+}
+
+#[derive(Args, Debug)]
+pub struct Generate {
+    /// Checkpoint, Hugging Face directory or GGUF file.
+    pub model: PathBuf,
+    /// Text to continue.
+    #[arg(long, default_value = "")]
+    pub prompt: String,
+    /// Tokens to generate at most.
+    #[arg(long, default_value_t = 128)]
+    pub max_tokens: usize,
+    /// 0 always takes the likeliest token.
+    #[arg(long, default_value_t = 0.8)]
+    pub temperature: f32,
+    /// Keep the K likeliest tokens; 0 keeps all.
+    #[arg(long, default_value_t = 0)]
+    pub top_k: usize,
+    /// Keep the likeliest tokens that together have this probability.
+    #[arg(long, default_value_t = 1.0)]
+    pub top_p: f32,
+    /// Keep tokens with at least this share of the likeliest one's probability.
+    #[arg(long, default_value_t = 0.05)]
+    pub min_p: f32,
+    /// Equal seeds give equal text.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+}
+
+#[derive(Args, Debug)]
+pub struct Inspect {
+    /// Run folder, checkpoint, Hugging Face directory, GGUF file or token shard.
+    pub path: PathBuf,
+    #[command(flatten)]
+    pub report: Report,
+}
+
+/// What to time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum BenchTarget {
+    /// Training steps of a recipe, on random tokens.
+    Train,
+    /// Prompt and decode speed of a model file.
+    Decode,
+    /// The CPU kernels.
+    Kernels,
+    /// One step of each optimizer rule beside forward and backward.
+    Optim,
+}
+
+#[derive(Args, Debug)]
+pub struct Bench {
+    /// What to time.
+    pub what: BenchTarget,
+    /// Recipe (train, optim) or model (decode).
+    pub input: Option<PathBuf>,
+    /// Override one key of the recipe.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub overrides: Vec<String>,
+    /// Timed repetitions.
+    #[arg(long, default_value_t = 6)]
+    pub steps: usize,
+    #[command(flatten)]
+    pub report: Report,
+}

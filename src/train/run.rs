@@ -1,0 +1,206 @@
+//! The training run: resume or prove, then step, look, save, until done or told to stop.
+
+use super::evaluate::{Evaluation, evaluate};
+use super::metrics::Record;
+use super::probe::prove_gradients;
+use super::state::State;
+use super::{Config, EvalConfig, Setup, failure, step};
+use crate::data::Batch;
+use crate::error::{Error, Result};
+use crate::model::{Decoder, GradientBuffers};
+use crate::optim::StepReport;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+/// Supplies the micro-batches of a step; the same step always gets the same ones.
+pub trait Feed {
+    /// The micro-batches of optimizer step `step`.
+    fn next(&mut self, step: u64) -> Result<Vec<Arc<Batch>>>;
+    /// Time spent waiting for data so far.
+    fn waited(&self) -> Duration;
+}
+
+/// Hears what happens.
+pub trait Monitor {
+    /// A line of metrics.
+    fn record(&mut self, record: &Record);
+    /// One finished step.
+    fn stepped(&mut self, step: u64, loss: f64);
+    /// Something worth telling.
+    fn note(&mut self, text: &str);
+}
+
+/// How a run ended.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// Optimizer steps taken in all.
+    pub step: u64,
+    /// The newest checkpoint.
+    pub checkpoint: std::path::PathBuf,
+    /// The last evaluation, when this process made one.
+    pub evaluation: Option<Evaluation>,
+    /// Told to stop before the last step.
+    pub interrupted: bool,
+    /// Share of the time in which training waited for data.
+    pub data_wait_fraction: f64,
+}
+
+/// Trains from `state` to the last step, or until `stop` is set; always leaves a checkpoint of where it ended.
+pub fn run(
+    setup: &Setup,
+    mut state: State,
+    feed: &mut dyn Feed,
+    validation: &[Arc<Batch>],
+    stop: &AtomicBool,
+    monitor: &mut dyn Monitor,
+) -> Result<Outcome> {
+    let decoder = Decoder::new(setup.spec.clone(), setup.activation_checkpointing);
+    let mut run = Run { setup, decoder: &decoder, validation, window: Window::new(), evaluation: None, saved: None };
+    let mut gradients = GradientBuffers::new(&state.parameters)?;
+    let started = Instant::now();
+    let already_waited = feed.waited();
+    while state.step < setup.train.steps && !stop.load(Ordering::Relaxed) {
+        let batches = feed.next(state.step)?;
+        if state.step == 0 {
+            prove_gradients(&decoder, &state.parameters, &batches, setup.reference)?;
+            monitor.note(&format!("gradient proof: all {} parameters receive a finite, non-zero gradient", state.parameters.list().len()));
+        }
+        run.step(&mut state, &batches, &mut gradients, monitor)?;
+        run.look_and_save(&mut state, stop, monitor)?;
+    }
+    let checkpoint = match run.saved.take() {
+        Some((step, path)) if step == state.step => path,
+        _ => run.save(&state, None)?,
+    };
+    let waited = feed.waited() - already_waited;
+    Ok(Outcome {
+        step: state.step,
+        checkpoint,
+        evaluation: run.evaluation,
+        interrupted: state.step < setup.train.steps,
+        data_wait_fraction: waited.as_secs_f64() / started.elapsed().as_secs_f64().max(1e-9),
+    })
+}
+
+struct Run<'r> {
+    setup: &'r Setup,
+    decoder: &'r Decoder,
+    validation: &'r [Arc<Batch>],
+    window: Window,
+    evaluation: Option<Evaluation>,
+    saved: Option<(u64, std::path::PathBuf)>,
+}
+
+/// What has happened since the last line of the log.
+struct Window {
+    since: Instant,
+    tokens: usize,
+}
+
+impl Window {
+    fn new() -> Self {
+        Self { since: Instant::now(), tokens: 0 }
+    }
+
+    fn tokens_per_second(&self) -> f64 {
+        self.tokens as f64 / self.since.elapsed().as_secs_f64().max(1e-9)
+    }
+}
+
+impl Run<'_> {
+    fn config(&self) -> &Config {
+        &self.setup.train
+    }
+
+    fn step(&mut self, state: &mut State, batches: &[Arc<Batch>], gradients: &mut GradientBuffers, monitor: &mut dyn Monitor) -> Result<()> {
+        let z_loss = self.config().z_loss;
+        let loss = step::gradients(self.decoder, &state.parameters, batches, z_loss, self.setup.reference, gradients)?;
+        let number = state.step + 1;
+        let logged = number.is_multiple_of(self.config().log_every) || number == self.config().steps || number == 1;
+        let updated = if loss.is_finite() {
+            step::update(&mut state.optimizer, state.step, &state.parameters, gradients, logged)
+        } else {
+            Err(Error::input(format!("step {number}"), format!("the loss is {loss}")).fix("lower the learning rate or look at the batch"))
+        };
+        let report = updated.or_else(|error| Err(failure::keep(self.setup, state, batches, error)?))?;
+        state.step = number;
+        self.window.tokens += batches.iter().map(|b| b.inputs.len()).sum::<usize>();
+        monitor.stepped(number, loss);
+        if logged {
+            self.log(state, loss, &report, monitor)?;
+        }
+        Ok(())
+    }
+
+    fn log(&mut self, state: &mut State, loss: f64, report: &StepReport, monitor: &mut dyn Monitor) -> Result<()> {
+        let ratios = &report.update_ratios;
+        let mut record = Record::new(state.step);
+        record.put("loss", loss);
+        record.put("lr", report.learning_rate);
+        record.put("tokens_per_second", self.window.tokens_per_second());
+        record.put("grad_norm", report.gradient_norm);
+        record.put("update_ratio_mean", ratios.iter().sum::<f64>() / ratios.len().max(1) as f64);
+        record.put("update_ratio_max", ratios.iter().copied().fold(0.0, f64::max));
+        self.write(state, &record, monitor)?;
+        self.window = Window::new();
+        Ok(())
+    }
+
+    fn write(&self, state: &mut State, record: &Record, monitor: &mut dyn Monitor) -> Result<()> {
+        state.metrics.write(record)?;
+        monitor.record(record);
+        Ok(())
+    }
+
+    fn look_and_save(&mut self, state: &mut State, stop: &AtomicBool, monitor: &mut dyn Monitor) -> Result<()> {
+        let last = state.step == self.config().steps;
+        let due = |every: u64| last || (every > 0 && state.step.is_multiple_of(every));
+        let mut quantized = None;
+        if due(self.setup.eval.every) && !self.validation.is_empty() {
+            let paused = Instant::now();
+            let evaluation = evaluate(self.decoder, &state.parameters, self.validation)?;
+            quantized = Some(evaluation.loss_quantized);
+            self.write(state, &evaluation_record(state.step, &evaluation), monitor)?;
+            self.evaluation = Some(evaluation);
+            self.window.since += paused.elapsed();
+        }
+        if due(self.setup.checkpoint.every) || stop.load(Ordering::Relaxed) {
+            let paused = Instant::now();
+            self.saved = Some((state.step, self.save(state, quantized)?));
+            self.window.since += paused.elapsed();
+        }
+        Ok(())
+    }
+
+    fn save(&self, state: &State, quantized: Option<f64>) -> Result<std::path::PathBuf> {
+        let path = state.save(self.setup, quantized)?;
+        crate::checkpoint::prune(&self.setup.run_dir, self.setup.checkpoint.keep_last)?;
+        Ok(path)
+    }
+}
+
+fn evaluation_record(step: u64, evaluation: &Evaluation) -> Record {
+    let statistics = &evaluation.statistics;
+    let mut record = Record::new(step);
+    record.put("val_loss", evaluation.loss);
+    record.put("val_loss_quantized", evaluation.loss_quantized);
+    if let Some(loss) = evaluation.loss_w4a4 {
+        record.put("val_loss_w4a4", loss);
+    }
+    record.put("kurtosis_mean", statistics.kurtosis_mean());
+    for (layer, kurtosis) in statistics.stream_kurtosis().into_iter().enumerate() {
+        record.put(&format!("kurtosis_{layer:02}"), kurtosis);
+    }
+    record.put("largest_activation", f64::from(statistics.largest_in_stream()));
+    record.put("largest_ratio_inside", f64::from(statistics.largest_ratio_inside()));
+    if let Some(fraction) = evaluation.zero_fraction {
+        record.put("zero_fraction", fraction);
+    }
+    record
+}
+
+/// Evaluation settings that make sense together with the data.
+pub fn validation_rows(eval: &EvalConfig, available: usize) -> usize {
+    if eval.rows == 0 { available } else { eval.rows.min(available) }
+}

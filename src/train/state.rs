@@ -1,0 +1,102 @@
+//! What a run carries from step to step, and how it becomes a checkpoint and comes back.
+
+use super::Setup;
+use super::evaluate::host_tensors;
+use super::metrics::Metrics;
+use super::step::parameter_infos;
+use crate::checkpoint::{self, Checkpoint, Meta, Payload};
+use crate::error::{Error, Result};
+use crate::export::config::config_json;
+use crate::model::{Parameters, init::initialize};
+use crate::ops::cpu::isa::isa;
+use crate::ops::host::host;
+use crate::optim::Optimizer;
+use candle_core::Tensor;
+use std::path::{Path, PathBuf};
+
+const WEIGHTS: &str = "model.safetensors";
+const OPTIMIZER: &str = "optimizer.safetensors";
+
+/// Weights, optimizer state and the number of steps taken; the order of the data is a pure function of the step.
+pub struct State {
+    pub step: u64,
+    pub parameters: Parameters,
+    pub optimizer: Optimizer,
+    pub metrics: Metrics,
+}
+
+impl State {
+    /// The start of a run.
+    pub fn fresh(setup: &Setup) -> Result<Self> {
+        let parameters = initialize(&setup.spec, setup.seed, &setup.device)?;
+        Self::with(setup, 0, parameters)
+    }
+
+    fn with(setup: &Setup, step: u64, parameters: Parameters) -> Result<Self> {
+        let infos = parameter_infos(&parameters, setup.spec.heads, setup.spec.kv_heads);
+        let optimizer = Optimizer::new(&setup.optim, &infos, setup.train.steps)?;
+        let metrics = Metrics::open(&setup.run_dir, step)?;
+        Ok(Self { step, parameters, optimizer, metrics })
+    }
+
+    /// The state that `saved` holds, for the run that `setup` describes.
+    pub fn resume(setup: &Setup, saved: &Checkpoint) -> Result<Self> {
+        if saved.step() > setup.train.steps {
+            let cause = format!("is at step {}, past the recipe's {}", saved.step(), setup.train.steps);
+            return Err(Error::file(saved.dir(), cause).fix("raise train.steps, or choose another run.dir"));
+        }
+        let parameters = read_weights(setup, saved)?;
+        let mut state = Self::with(setup, saved.step(), parameters)?;
+        let held = saved.tensors(OPTIMIZER)?;
+        state.optimizer.load_state(held.iter().map(|(name, (_, values))| (name.as_str(), values.as_slice())))?;
+        Ok(state)
+    }
+
+    /// Writes `RUN/step-NNNNNN/` and returns it.
+    pub fn save(&self, setup: &Setup, val_loss_quantized: Option<f64>) -> Result<PathBuf> {
+        self.write(setup, &setup.run_dir, val_loss_quantized, vec![])
+    }
+
+    /// Writes a checkpoint with `extra` files into `folder`.
+    pub(super) fn write(
+        &self,
+        setup: &Setup,
+        folder: &Path,
+        val_loss_quantized: Option<f64>,
+        extra: Vec<(String, Payload<'_>)>,
+    ) -> Result<PathBuf> {
+        let weights = host_tensors(&self.parameters)?;
+        let borrowed = weights.iter().map(|(name, tensor)| Ok((name, tensor.dims(), host(tensor)?))).collect::<Result<Vec<_>>>()?;
+        let weights = borrowed.iter().map(|(name, shape, data)| checkpoint::Tensor::new(*name, shape, data)).collect();
+        let state: Vec<_> = self.optimizer.state_tensors().collect();
+        let mut state: Vec<_> = state.iter().map(|(name, values)| checkpoint::Tensor::new(name, &[values.len()], values)).collect();
+        state.sort_by(|a, b| a.name.cmp(&b.name));
+        let mut files = vec![
+            ("config.json".to_owned(), Payload::json(&config_json(&setup.spec))),
+            (WEIGHTS.to_owned(), Payload::Tensors(weights)),
+            (OPTIMIZER.to_owned(), Payload::Tensors(state)),
+        ];
+        files.extend(setup.tokenizer_files.iter().map(|(name, text)| (name.clone(), Payload::text(text.clone()))));
+        files.extend(extra);
+        let meta = Meta {
+            threads: setup.threads,
+            instruction_path: isa().to_string(),
+            recipe: setup.recipe.clone(),
+            val_loss_quantized,
+            ..Meta::default()
+        };
+        checkpoint::save(folder, self.step, files, meta)
+    }
+}
+
+/// The weights in a checkpoint of a model of shape `spec`.
+pub(super) fn read_weights(setup: &Setup, saved: &Checkpoint) -> Result<Parameters> {
+    let tensors = saved
+        .tensors(WEIGHTS)?
+        .into_iter()
+        .map(|(name, (shape, values))| Ok((name, Tensor::from_vec(values, shape, &candle_core::Device::Cpu)?)))
+        .collect::<Result<_>>()?;
+    Parameters::from_tensors(&setup.spec, &tensors, &setup.device).map_err(|error| {
+        Error::file(saved.dir(), error).fix("use the recipe that wrote the checkpoint, or --resume never with another run.dir")
+    })
+}
