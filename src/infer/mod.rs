@@ -1,8 +1,15 @@
-//! Runs exported files: an engine on the CPU over the bits a file stores, never over trained tensors.
+//! Runs models from their files: an engine on the CPU over the bits a file stores, never over trained tensors.
+//!
+//! [`Engine`] holds the weights, [`Session`] one sequence with its cache, [`sampler`] chooses tokens and [`generate`] streams text.
 
+pub mod bench;
 mod dense;
+mod engine;
+pub mod generate;
+pub mod kv;
 mod linear;
 pub mod sampler;
+mod session;
 
-pub use dense::DenseMatrix;
-pub use linear::Linear;
+pub use engine::{Engine, Size};
+pub use session::Session;
