@@ -1,1 +1,4 @@
 //! The command line.
+
+pub mod chart;
+pub mod printer;

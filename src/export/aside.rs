@@ -6,14 +6,20 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 
-/// Writes the file at `path` through `fill`; on failure the previous file, if any, is untouched and nothing is left behind.
+/// Writes the file at `path` through `fill` and renames it into place once `check` has accepted it; on failure the previous file, if any, is
+/// untouched and nothing is left behind.
 ///
 /// # Errors
-/// When the system refuses, or `fill` fails.
-pub fn write_file(path: &Path, fill: impl FnOnce(&mut dyn Write) -> Result<()>) -> Result<()> {
+/// When the system refuses, or `fill` or `check` fails.
+pub fn write_file(
+    path: &Path,
+    fill: impl FnOnce(&mut dyn Write) -> Result<()>,
+    check: impl FnOnce(&Path) -> Result<()>,
+) -> Result<()> {
     let parent = make_parent(path)?;
     let temporary = beside(path)?;
     let result = fill_and_sync(&temporary, fill)
+        .and_then(|()| check(&temporary))
         .and_then(|()| fs::rename(&temporary, path).map_err(Error::io("rename into place", path)))
         .and_then(|()| sync_directory(&parent));
     if result.is_err() {
@@ -103,12 +109,12 @@ mod tests {
     fn failure_leaves_the_previous_file_and_no_litter() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("model.gguf");
-        write_file(&path, |out| out.write_all(b"first").map_err(Error::io("write", "x"))).unwrap();
-        let failed = write_file(&path, |out| {
-            out.write_all(b"half").unwrap();
-            Err(Error::input("tensor", "broken"))
-        });
-        assert!(failed.is_err());
+        let write = |text: &'static [u8]| move |out: &mut dyn Write| out.write_all(text).map_err(Error::io("write", "x"));
+        write_file(&path, write(b"first"), |_| Ok(())).unwrap();
+        let failed = |out: &mut dyn Write| write(b"half")(out).and(Err(Error::input("tensor", "broken")));
+        assert!(write_file(&path, failed, |_| Ok(())).is_err());
+        let seen = |at: &Path| Err(Error::file(at, fs::read_to_string(at).unwrap()));
+        assert!(write_file(&path, write(b"second"), seen).unwrap_err().to_string().ends_with("second"));
         assert_eq!(fs::read(&path).unwrap(), b"first");
         assert_eq!(names(folder.path()), ["model.gguf"]);
     }

@@ -4,10 +4,11 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
+use half::f16;
 use memmap2::Mmap;
 
 use crate::error::{Error, Result};
-use crate::quant::Format;
+use crate::quant::{Format, ternary_by_id};
 
 /// One stored parameter. Rows are in Hugging Face's order whatever file they came from.
 #[derive(Clone)]
@@ -79,6 +80,30 @@ impl Parameter {
         Ok(weights)
     }
 
+    /// The codes in {-1, 0, 1} and the one scale of a matrix in a ternary format.
+    ///
+    /// # Errors
+    /// When the format is another one, or the blocks do not share a scale (files made elsewhere may have one per block; blocks of zeros may
+    /// say anything).
+    pub fn ternary(&self, name: &str) -> Result<(Vec<i8>, f16)> {
+        let id = self.format.layout().id;
+        let format = ternary_by_id(id)
+            .ok_or_else(|| Error::input(name, format!("is stored as {}, not as ternary codes", self.format.layout().name)))?;
+        let mut codes = vec![0i8; self.count()];
+        let scales = format.decode_codes(self.bytes(), &mut codes)?;
+        let mut shared = None;
+        for (scale, codes) in scales.into_iter().zip(codes.chunks(format.layout().block)) {
+            if codes.contains(&2) {
+                return Err(Error::input(name, "holds a code outside -1, 0, 1"));
+            }
+            if codes.iter().any(|&code| code != 0) && *shared.get_or_insert(scale) != scale {
+                return Err(Error::input(name, "has blocks with different scales, where one per matrix is needed")
+                    .fix("export the model with Osprey, which stores the trained scale in every block"));
+            }
+        }
+        Ok((codes, shared.unwrap_or(f16::ZERO)))
+    }
+
     /// All weights as an f32 tensor on the CPU.
     ///
     /// # Errors
@@ -91,5 +116,34 @@ impl Parameter {
 impl std::fmt::Debug for Parameter {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(formatter, "{:?} {}", self.shape, self.format.layout().name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::quant::{Q8_0, Tq2_0};
+
+    #[test]
+    fn sizes_must_agree() {
+        assert!(Parameter::owned("w", vec![2, 32], &Q8_0, vec![0; 68]).is_ok());
+        assert!(Parameter::owned("w", vec![2, 32], &Q8_0, vec![0; 67]).unwrap_err().to_string().contains("w: 67 bytes"));
+        assert!(Parameter::owned("w", vec![2, 33], &Q8_0, vec![0; 68]).is_err());
+        assert!(Parameter::owned("w", vec![usize::MAX, 32], &Q8_0, vec![0; 68]).is_err());
+        assert!(Parameter::owned("w", vec![], &Q8_0, vec![]).is_err());
+    }
+
+    #[test]
+    fn one_scale_per_matrix_is_demanded_of_blocks_that_hold_anything() {
+        let blocks = |first: f32, second: f32| {
+            let mut bytes = Vec::new();
+            Tq2_0.encode_row(&[[first; 256], [second; 256]].concat(), &mut bytes).unwrap();
+            Parameter::owned("w", vec![1, 512], &Tq2_0, bytes).unwrap().ternary("w")
+        };
+        assert_eq!(blocks(0.5, 0.0).unwrap(), ([[1i8; 256], [0; 256]].concat(), f16::from_f32(0.5)));
+        assert_eq!(blocks(0.5, -0.5).unwrap().0[256], -1);
+        assert!(blocks(0.5, 0.25).unwrap_err().to_string().contains("different scales"));
+        let dense = Parameter::owned("w", vec![1, 32], &Q8_0, vec![0; 34]).unwrap();
+        assert!(dense.ternary("w").unwrap_err().to_string().contains("q8_0"));
     }
 }

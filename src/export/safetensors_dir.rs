@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::Tensor;
@@ -13,6 +13,7 @@ use serde_json::Value;
 
 use super::config::{SpecialIds, read_config};
 use super::parameter::Parameter;
+use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use crate::model::Spec;
 use crate::quant::{self, Format};
@@ -20,9 +21,6 @@ use crate::quant::{self, Format};
 const WEIGHTS: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 const CONFIG: &str = "config.json";
-/// Tokenizer files that travel with a model, where they exist.
-const COMPANIONS: [&str; 5] =
-    ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja"];
 /// Text files of a model directory are never larger; the largest tokenizers have 35 MB.
 const MAX_TEXT: u64 = 256 << 20;
 const HEAD: &str = "lm_head.weight";
@@ -48,34 +46,28 @@ pub fn read(folder: &Path) -> Result<Directory> {
     Ok(Directory { spec, ids, parameters })
 }
 
-/// Fills an existing, empty directory: configuration, weights in one file, and the tokenizer files found in `tokenizer` (a directory, or a
-/// `tokenizer.json`).
+/// Fills an existing, empty directory: configuration, weights in one file, tokenizer.
 ///
 /// # Errors
 /// When the system refuses.
-pub fn write(folder: &Path, config: &Value, weights: &BTreeMap<String, Tensor>, tokenizer: Option<&Path>) -> Result<()> {
+pub fn write(folder: &Path, config: &Value, weights: &BTreeMap<String, Tensor>, tokenizer: Option<&Tokenizer>) -> Result<()> {
     let text = serde_json::to_string_pretty(config).expect("a JSON value has a text") + "\n";
-    write_synced(&folder.join(CONFIG), text.as_bytes())?;
+    let config = folder.join(CONFIG);
+    fs::write(&config, text).map_err(Error::io("write", &config))?;
     let path = folder.join(WEIGHTS);
     let about = HashMap::from([("format".to_owned(), "pt".to_owned())]);
     safetensors::serialize_to_file(weights.iter(), Some(about), &path).map_err(|error| match error {
         safetensors::SafeTensorError::IoError(source) => Error::Io { action: "write", path: path.clone(), source },
         other => Error::file(&path, other),
     })?;
-    File::open(&path).and_then(|file| file.sync_all()).map_err(Error::io("sync", &path))?;
-    for (source, name) in tokenizer.map(companions).unwrap_or_default() {
-        let bytes = fs::read(&source).map_err(Error::io("read", &source))?;
-        write_synced(&folder.join(name), &bytes)?;
+    if let Some(tokenizer) = tokenizer {
+        tokenizer.save(folder)?;
+    }
+    for entry in fs::read_dir(folder).map_err(Error::io("list", folder))? {
+        let file = entry.map_err(Error::io("list", folder))?.path();
+        File::open(&file).and_then(|file| file.sync_all()).map_err(Error::io("sync", &file))?;
     }
     Ok(())
-}
-
-/// The tokenizer files at `source` and the names they keep.
-fn companions(source: &Path) -> Vec<(PathBuf, &'static str)> {
-    if source.is_file() {
-        return vec![(source.to_owned(), COMPANIONS[0])];
-    }
-    COMPANIONS.iter().map(|name| (source.join(name), *name)).filter(|(path, _)| path.is_file()).collect()
 }
 
 /// Reads a text file of bounded size.
@@ -89,11 +81,6 @@ pub(super) fn read_text(path: &Path) -> Result<String> {
     }
     let bytes = fs::read(path).map_err(Error::io("read", path))?;
     String::from_utf8(bytes).map_err(|_| Error::file(path, "is not UTF-8"))
-}
-
-fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
-    fs::write(path, bytes).map_err(Error::io("write", path))?;
-    File::open(path).and_then(|file| file.sync_all()).map_err(Error::io("sync", path))
 }
 
 fn stored_tensors(folder: &Path) -> Result<BTreeMap<String, Parameter>> {
@@ -168,7 +155,7 @@ pub(super) fn strict(spec: &Spec, mut found: BTreeMap<String, Parameter>, place:
     let expected = spec.parameters();
     let missing: Vec<_> = expected.iter().map(|(name, _)| name.as_str()).filter(|name| !found.contains_key(*name)).collect();
     if !missing.is_empty() {
-        return Err(Error::file(place, format!("lacks {}", some_of(&missing))).fix("check that config.json belongs to these weights"));
+        return Err(Error::file(place, format!("lacks {}", some_of(&missing))).fix("check that the configuration belongs to these weights"));
     }
     let mut parameters = BTreeMap::new();
     for (name, shape) in expected {

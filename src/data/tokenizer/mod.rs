@@ -91,7 +91,7 @@ impl Tokenizer {
     }
 
     /// From the text of a `tokenizer.json` and what its companions say (`Value::Null` where absent).
-    fn from_json(mut json: Value, tokenizer_config: &Value, config: &Value) -> Result<Self> {
+    pub fn from_json(mut json: Value, tokenizer_config: &Value, config: &Value) -> Result<Self> {
         let broken = |cause: String| {
             Error::input("tokenizer", format!("not a usable tokenizer.json: {cause}"))
                 .fix("give the tokenizer.json of a Hugging Face model")

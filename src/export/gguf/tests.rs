@@ -37,7 +37,7 @@ fn sample_tensors() -> Vec<(TensorEntry, Vec<f32>)> {
 
 fn write_sample(path: &Path) {
     let (entries, weights): (Vec<_>, Vec<_>) = sample_tensors().into_iter().unzip();
-    write(path, &sample_metadata(), &entries, |index, bytes| entries[index].format.encode_row(&weights[index], bytes)).unwrap();
+    write(path, &sample_metadata(), &entries, |index, bytes| entries[index].format.encode_row(&weights[index], bytes), |_| Ok(())).unwrap();
 }
 
 #[test]
@@ -82,7 +82,7 @@ fn fill_must_give_as_many_bytes_as_the_table_says() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("short.gguf");
     let entries = [TensorEntry { name: "x".into(), shape: vec![4], format: &quant::F32 }];
-    assert!(write(&path, &Metadata::default(), &entries, |_, bytes| { bytes.push(1); Ok(()) }).is_err());
+    assert!(write(&path, &Metadata::default(), &entries, |_, bytes| { bytes.push(1); Ok(()) }, |_| Ok(())).is_err());
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
 }
 

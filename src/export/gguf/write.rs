@@ -1,5 +1,6 @@
 //! Writes GGUF version 3, one tensor in memory at a time.
 
+use std::io::Write;
 use std::path::Path;
 
 use super::{DEFAULT_ALIGNMENT, MAGIC, MAX_RANK, Metadata, Value};
@@ -35,19 +36,21 @@ impl TensorEntry {
     }
 }
 
-/// Writes a file at `path`: `fill(i, &mut bytes)` appends the data of tensor `i`, in table order.
+/// Writes a file at `path`: `fill(i, &mut bytes)` appends the data of tensor `i`, in table order; `check` sees the finished file before it
+/// gets its name.
 /// `general.alignment` must not be among the metadata; the default of 32 is used.
 ///
 /// # Errors
-/// When the system refuses, `fill` fails, or it gives another number of bytes than the table says.
+/// When the system refuses, `fill` or `check` fails, or `fill` gives another number of bytes than the table says.
 pub fn write(
     path: &Path,
     metadata: &Metadata,
     tensors: &[TensorEntry],
     mut fill: impl FnMut(usize, &mut Vec<u8>) -> Result<()>,
+    check: impl FnOnce(&Path) -> Result<()>,
 ) -> Result<()> {
     let header = header(metadata, tensors)?;
-    aside::write_file(path, |out| {
+    let write_all = |out: &mut dyn Write| {
         let mut put = |bytes: &[u8]| out.write_all(bytes).map_err(Error::io("write", path));
         put(&header)?;
         put(&padding(header.len()))?;
@@ -62,7 +65,8 @@ pub fn write(
             put(&padding(bytes.len()))?;
         }
         Ok(())
-    })
+    };
+    aside::write_file(path, write_all, check)
 }
 
 /// Zeros up to the next multiple of the alignment; offsets are multiples of it already.
