@@ -131,7 +131,10 @@ mod tests {
             assert!(!story.contains(['{', '}', '_']), "{story}");
             assert!(story.len() > 200 && story.len() < 2500, "{story}");
             assert!(story.split('\n').count() == 3, "{story}");
-            let people = grammar().lexicon["person"].iter().filter(|person| story.split(|letter: char| !letter.is_alphabetic()).any(|word| word == person["name"])).count();
+            let people = grammar().lexicon["person"]
+                .iter()
+                .filter(|person| story.split(|letter: char| !letter.is_alphabetic()).any(|word| word == person["name"]))
+                .count();
             assert!((1..=2).contains(&people), "{people} people: {story}");
         }
     }

@@ -102,9 +102,7 @@ pub(super) fn byte() -> Tokenizer {
     finish(pieces, Vec::new(), false).expect("the byte vocabulary is the same every time")
 }
 
-pub(super) fn character<'a>(texts: impl IntoIterator<Item = &'a str>) -> Result<Tokenizer> {
-    let mut letters = BTreeSet::new();
-    texts.into_iter().for_each(|text| letters.extend(text.chars()));
+pub(super) fn character(letters: BTreeSet<char>) -> Result<Tokenizer> {
     if letters.is_empty() {
         return Err(Error::input("data.tokenizer", "there are no characters to make a vocabulary of").fix("give a source with text in it"));
     }

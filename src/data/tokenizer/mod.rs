@@ -53,9 +53,9 @@ impl Tokenizer {
         build::byte()
     }
 
-    /// One token per character in `texts`, in order of code points, and [`END_OF_TEXT`].
-    pub fn character<'a>(texts: impl IntoIterator<Item = &'a str>) -> Result<Self> {
-        build::character(texts)
+    /// One token per character of `text`, in order of code points, and [`END_OF_TEXT`].
+    pub fn character(text: impl IntoIterator<Item = char>) -> Result<Self> {
+        build::character(text.into_iter().collect())
     }
 
     /// Byte-level BPE with GPT-2's pattern and `vocabulary` tokens (fewer where `texts` do not hold enough pairs), trained on `texts`.
