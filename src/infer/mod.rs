@@ -8,8 +8,11 @@ mod engine;
 pub mod generate;
 pub mod kv;
 mod linear;
+mod load;
 pub mod sampler;
 mod session;
+#[cfg(test)]
+pub(crate) mod testing;
 
 pub use engine::{Engine, Size};
 pub use session::Session;
