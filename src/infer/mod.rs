@@ -1,1 +1,18 @@
-//! The CPU engine over exported files.
+//! Runs models from their files: an engine on the CPU over the bits a file stores, never over trained tensors.
+//!
+//! [`Engine`] holds the weights, [`Session`] one sequence with its cache, [`sampler`] chooses tokens and [`generate`] streams text.
+
+pub mod bench;
+mod dense;
+mod engine;
+pub mod generate;
+pub mod kv;
+mod linear;
+mod load;
+pub mod sampler;
+mod session;
+#[cfg(test)]
+pub(crate) mod testing;
+
+pub use engine::{Engine, Size};
+pub use session::Session;

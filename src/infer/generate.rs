@@ -1,0 +1,94 @@
+//! Text, token by token.
+
+use super::sampler::{Config, Sampler};
+use super::session::Session;
+use crate::data::tokenizer::{TextStream, Tokenizer};
+use crate::error::Result;
+
+/// Why a generation ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// The model ended the document.
+    EndOfText,
+    /// As many tokens as were asked for.
+    Length,
+    /// The context is full.
+    Context,
+}
+
+/// An iterator over pieces of text. A piece ends where a character does; pieces may be empty.
+pub struct Generation<'s, 'e> {
+    session: &'s mut Session<'e>,
+    sampler: Sampler,
+    text: Option<TextStream<'e>>,
+    end: Option<u32>,
+    logits: Vec<f32>,
+    ids: Vec<u32>,
+    most: usize,
+    stop: Option<Stop>,
+}
+
+impl<'s, 'e> Generation<'s, 'e> {
+    /// Appends `prompt` (ids, at least one) to the session and gets ready to continue it by at most `most` tokens.
+    pub fn new(session: &'s mut Session<'e>, prompt: &[u32], config: Config, most: usize) -> Result<Self> {
+        let tokenizer = session.engine().tokenizer()?;
+        let sampler = Sampler::new(config)?;
+        let logits = session.prefill(prompt)?;
+        Ok(Self { session, sampler, text: Some(tokenizer.stream()), end: tokenizer.eos(), logits, ids: vec![], most, stop: None })
+    }
+
+    /// Tokens generated so far.
+    pub fn ids(&self) -> &[u32] {
+        &self.ids
+    }
+
+    /// Why it ended; `None` while it has not.
+    pub fn stop(&self) -> Option<Stop> {
+        self.stop
+    }
+
+    /// The next token, or why there is none. The session is stepped only when its logits are needed.
+    fn advance(&mut self) -> Result<Result<u32, Stop>> {
+        if self.ids.len() >= self.most {
+            return Ok(Err(Stop::Length));
+        }
+        if let Some(&last) = self.ids.last() {
+            if self.session.len() >= self.session.capacity() {
+                return Ok(Err(Stop::Context));
+            }
+            self.logits = self.session.step(last)?;
+        }
+        let id = self.sampler.sample(&self.logits)?;
+        if Some(id) == self.end {
+            return Ok(Err(Stop::EndOfText));
+        }
+        self.ids.push(id);
+        Ok(Ok(id))
+    }
+}
+
+impl Iterator for Generation<'_, '_> {
+    type Item = Result<String>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.text.as_ref()?;
+        match self.advance() {
+            Ok(Ok(id)) => self.text.as_mut().map(|text| text.push(id)),
+            Ok(Err(stop)) => {
+                self.stop = Some(stop);
+                self.text.take().map(TextStream::finish)
+            }
+            Err(error) => {
+                self.text = None;
+                Some(Err(error))
+            }
+        }
+    }
+}
+
+/// Ids of `text` as a sequence starts: after BOS, where the tokenizer has one.
+pub fn prompt_ids(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {
+    let mut ids: Vec<u32> = tokenizer.bos().into_iter().collect();
+    ids.extend(tokenizer.encode(text)?);
+    Ok(ids)
+}
