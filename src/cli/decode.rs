@@ -2,8 +2,9 @@
 
 use super::arguments::Bench;
 use super::printer::Printer;
-use super::{Status, model, start_threads, write_json};
+use super::{Status, start_threads, write_json};
 use crate::error::{Error, Result};
+use crate::infer::Engine;
 use crate::infer::bench::measure;
 use crate::infer::kv::Format;
 
@@ -13,7 +14,7 @@ pub(super) fn run(command: &Bench, printer: &Printer) -> Result<Status> {
         return Err(Error::input("osprey bench decode", "no model was given").fix("for example: osprey bench decode model.gguf"));
     };
     start_threads(None)?;
-    let engine = model::open(path)?;
+    let engine = Engine::load(path)?;
     let speed = measure(&engine, Format::default(), command.steps.max(1))?;
     write_json(command.report.json.as_deref(), &speed)?;
     printer.data(format!(

@@ -5,23 +5,18 @@ use super::printer::Printer;
 use super::{Status, model, start_threads, write_json};
 use crate::error::{Error, Result};
 use crate::infer::kv::Format;
-use crate::validate::{Place, evaluate};
+use crate::infer::Engine;
+use crate::validate::{Place, evaluate, places};
 use std::io::{BufWriter, Write};
 
 /// Measures the loss and prints it; with `--tokens`, every token's as well.
 pub(super) fn run(command: &Eval, printer: &Printer) -> Result<Status> {
     start_threads(None)?;
-    let engine = model::open(&command.model)?;
+    let engine = Engine::load(&command.model)?;
     let documents = model::read(&command.text, engine.tokenizer()?, engine.spec().context)?;
-    let mut lines = Vec::new();
-    let keep = command.tokens.is_some();
-    let found = evaluate(&engine, &documents, Format::default(), |place| {
-        if keep {
-            lines.push(place);
-        }
-    })?;
+    let found = evaluate(&engine, &documents, Format::default(), |_| ())?;
     if let Some(path) = &command.tokens {
-        write_lines(path, &lines)?;
+        write_lines(path, &places(&engine, &documents, Format::default())?)?;
     }
     write_json(command.report.json.as_deref(), &found)?;
     printer.data(format!("nll per token   {:.5} nats over {} tokens of {} documents", found.nll_per_token, found.tokens, found.documents))?;

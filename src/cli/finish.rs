@@ -6,6 +6,7 @@ use crate::data::config::SourceConfig;
 use crate::data::{builtin, skill_probes};
 use crate::error::{Error, Result};
 use crate::export::Target;
+use crate::infer::Engine;
 use crate::infer::sampler::Config;
 use crate::recipe::Assembled;
 use crate::train::Outcome;
@@ -90,9 +91,9 @@ fn validate(assembled: &Assembled, checkpoint: &Path, path: &Path) -> Result<Opt
     if documents.is_empty() {
         return Ok(None);
     }
-    let (artifact, reference) = (model::open(path)?, model::open(checkpoint)?);
+    let (artifact, reference) = (Engine::load(path)?, Engine::load(checkpoint)?);
     let probes = builtin_source(assembled).map(|config| skill_probes(config, PROBE_SEED, assembled.recipe.validate.probes)).unwrap_or_default();
-    let options = Options { artifact_bytes: model::bytes_of(path)?, worst: 10, probes, ..Options::default() };
+    let options = Options { worst: 10, probes, ..Options::default() };
     compare(&artifact, &reference, &documents, &options, |_| ()).map(Some)
 }
 
@@ -110,7 +111,7 @@ fn held_out(assembled: &Assembled) -> Vec<Document> {
 fn sample(assembled: &Assembled, folder: &Path, outcome: &Outcome, printer: &Printer) -> Result<()> {
     let Some(prompt) = &assembled.recipe.validate.sample else { return Ok(()) };
     let first = assembled.recipe.export.targets()?.first().map(|&target| place_of(folder, target));
-    let engine = model::open(first.as_deref().unwrap_or(&outcome.checkpoint))?;
+    let engine = Engine::load(first.as_deref().unwrap_or(&outcome.checkpoint))?;
     printer.data("sample:")?;
     let config = Config { temperature: 0.7, top_k: 0, top_p: 1.0, min_p: 0.05, seed: assembled.setup.seed };
     generate::stream(&engine, prompt, config, assembled.recipe.validate.sample_tokens, printer)

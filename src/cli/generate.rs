@@ -2,7 +2,7 @@
 
 use super::arguments::Generate;
 use super::printer::Printer;
-use super::{Status, model, start_threads};
+use super::{Status, start_threads};
 use crate::error::Result;
 use crate::infer::generate::{Generation, prompt_ids};
 use crate::infer::kv::Format;
@@ -12,7 +12,7 @@ use crate::infer::{Engine, Session};
 /// Streams the continuation of the prompt.
 pub(super) fn run(command: &Generate, printer: &Printer) -> Result<Status> {
     start_threads(None)?;
-    let engine = model::open(&command.model)?;
+    let engine = Engine::load(&command.model)?;
     let config = Config {
         temperature: f64::from(command.temperature),
         top_k: command.top_k,

@@ -100,7 +100,7 @@ fn inspect_model(command: &Inspect, printer: &Printer) -> Result<Status> {
             let value = parameter.to_tensor()?;
             let shape = value.dims().to_vec();
             let found = host(&value)?;
-            Ok(summary(name, parameter.format_name(), shape, &found))
+            Ok(summary(name, parameter.format.layout().name, shape, &found))
         })
         .collect::<Result<Vec<_>>>()?;
     write_json(command.report.json.as_deref(), &tensors)?;

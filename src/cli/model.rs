@@ -4,16 +4,7 @@ use super::arguments::Text;
 use super::printer::Printer;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
-use crate::export::import::load_any;
-use crate::infer::Engine;
 use crate::validate::{Document, Protocol, Report, Verdict, documents};
-use std::path::Path;
-
-/// The engine over the model at `path`.
-pub(super) fn open(path: &Path) -> Result<Engine> {
-    let loaded = load_any(path)?;
-    Engine::new(loaded.spec, &loaded.parameters, loaded.tokenizer)
-}
 
 /// The documents that the options name, cut to `context` tokens.
 pub(super) fn read(text: &Text, tokenizer: &Tokenizer, context: usize) -> Result<Vec<Document>> {
@@ -23,16 +14,6 @@ pub(super) fn read(text: &Text, tokenizer: &Tokenizer, context: usize) -> Result
         return Err(Error::input("--context", cause).fix(format!("give at most {context}")));
     }
     documents::read(&text.text, &protocol, tokenizer, text.context.unwrap_or(context))
-}
-
-/// Size of a file, or of all files of a directory, in bytes.
-pub(super) fn bytes_of(path: &Path) -> Result<u64> {
-    let data = std::fs::metadata(path).map_err(Error::io("read", path))?;
-    if data.is_file() {
-        return Ok(data.len());
-    }
-    let entries = std::fs::read_dir(path).map_err(Error::io("read", path))?;
-    entries.map(|entry| bytes_of(&entry.map_err(Error::io("read", path))?.path())).sum()
 }
 
 /// Prints a comparison: the figures before and after, what passed its limit, and the tokens that suffered most.
