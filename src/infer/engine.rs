@@ -24,7 +24,7 @@ pub struct Engine {
     norm: Vec<f32>,
     head_projection: Option<Linear>,
     head: Linear,
-    size: Size,
+    pub(super) size: Size,
 }
 
 /// What a file's parameters take.
@@ -34,21 +34,22 @@ pub struct Size {
     pub weights: usize,
     /// Bytes they are stored in.
     pub weight_bytes: usize,
-    /// Name of the storage format that holds most weights.
+    /// What the matrices of the blocks are stored as.
     pub format: &'static str,
+    /// Bytes of the file, or of the directory's weights, configuration and tokenizer.
+    pub artifact_bytes: u64,
 }
 
 impl Size {
     fn of(parameters: &BTreeMap<String, Parameter>) -> Self {
-        let mut shares: BTreeMap<&'static str, usize> = BTreeMap::new();
-        parameters.values().for_each(|parameter| *shares.entry(parameter.format.layout().name).or_default() += parameter.count());
-        // Embedding and head often stay in half precision; what the blocks are stored in is what an artifact is called after.
+        // Embedding and head often stay in half precision; an artifact is called after its blocks.
         let block = parameters.iter().find(|(name, _)| name.ends_with("mlp.down_proj.weight"));
-        let format = block.map(|(_, parameter)| parameter.format.layout().name);
+        let weight_bytes = parameters.values().map(|parameter| parameter.bytes().len()).sum();
         Self {
-            weights: shares.values().sum(),
-            weight_bytes: parameters.values().map(|parameter| parameter.bytes().len()).sum(),
-            format: format.unwrap_or("f32"),
+            weights: parameters.values().map(Parameter::count).sum(),
+            weight_bytes,
+            format: block.map_or("f32", |(_, parameter)| parameter.format.layout().name),
+            artifact_bytes: weight_bytes as u64,
         }
     }
 

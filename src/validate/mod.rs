@@ -1,1 +1,19 @@
-//! What an export lost.
+//! What a file lost: held-out loss, divergence from a reference, agreement on the next token, skills, size and speed.
+//!
+//! [`documents`] is the protocol both commands share; [`evaluate()`] measures one model, [`compare()`] an artifact against its reference and
+//! says whether it may be shipped.
+
+mod compare;
+pub mod documents;
+mod evaluate;
+mod limits;
+mod report;
+mod rows;
+mod skills;
+
+pub use compare::{Options, compare};
+pub use documents::{Document, Protocol};
+pub use evaluate::{Evaluation, evaluate};
+pub use limits::Limits;
+pub use report::{Report, SkillPair, TokenLoss, Verdict};
+pub use skills::{SkillScore, skills};

@@ -1,0 +1,38 @@
+//! How much an artifact may lose before it falls short.
+//!
+//! | format | loss gap (nats) | mean KL (nats) | top-1 agreement | skill lost |
+//! | --- | --- | --- | --- | --- |
+//! | f32, f16, bf16, hf | 0.001 | 0.001 | 99.5% | 2% |
+//! | tq1_0, tq2_0 | 0.001 | 0.001 | 99% | 2% |
+//! | q8_0 | 0.01 | 0.01 | 97% | 5% |
+//! | q4_0 | 0.15 | 0.15 | 80% | 20% |
+//!
+//! A ternary file holds the very integers of the training forward, so only its embedding and head, in f16, may differ.
+
+use serde::{Deserialize, Serialize};
+
+/// Limits of a comparison.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Limits {
+    /// Most by which the loss per token may rise, in nats.
+    pub nll_gap: f64,
+    /// Largest mean divergence from the reference, in nats per token.
+    pub kl_mean: f64,
+    /// Smallest share of tokens on which both think the same next token likeliest.
+    pub top1_agreement: f64,
+    /// Most by which the share of solved probes of a skill may fall.
+    pub skill_loss: f64,
+}
+
+impl Limits {
+    /// The defaults for an artifact whose block matrices are stored as `format`.
+    pub fn of(format: &str) -> Self {
+        match format {
+            "q8_0" => Self { nll_gap: 0.01, kl_mean: 0.01, top1_agreement: 0.97, skill_loss: 0.05 },
+            "q4_0" => Self { nll_gap: 0.15, kl_mean: 0.15, top1_agreement: 0.80, skill_loss: 0.20 },
+            "tq1_0" | "tq2_0" => Self { nll_gap: 0.001, kl_mean: 0.001, top1_agreement: 0.99, skill_loss: 0.02 },
+            _ => Self { nll_gap: 0.001, kl_mean: 0.001, top1_agreement: 0.995, skill_loss: 0.02 },
+        }
+    }
+}
