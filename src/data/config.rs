@@ -25,7 +25,7 @@ use std::path::{Path, PathBuf};
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
     /// A file, or a folder whose `*.txt` (documents separated by `<|endoftext|>`) and `*.jsonl` (field `text`) files are read, all
-    /// levels down, in the order of their names. Takes the place of `sources`.
+    /// levels down, in the order of their names; `*.jsonl` files without that field are left out. Takes the place of `sources`.
     pub path: Option<PathBuf>,
     /// What is mixed.
     pub sources: Vec<SourceConfig>,
@@ -250,7 +250,7 @@ fn named(weight: Option<f64>, source: Box<dyn Source>) -> Named {
 
 fn open_path(path: &Path, recipe_folder: &Path) -> Result<Box<dyn Source>> {
     let layouts = [("txt", Layout::Separated(super::tokenizer::END_OF_TEXT.into())), ("jsonl", Layout::Lines(text_field()))];
-    Ok(Box::new(Files::new(&find(path, recipe_folder)?, &layouts)?))
+    Ok(Box::new(Files::new(&find(path, recipe_folder)?, &layouts)?.only_with_field()))
 }
 
 /// `path` from the working directory or, where nothing is there, from the recipe's folder.

@@ -364,7 +364,7 @@ mod tests {
         };
         assert!(cause(&good[..50]).contains("cut short"));
         assert!(cause(&good[..good.len() - 1]).contains("do not hold 4 tokens and 2 documents"));
-        assert!(cause(&vec![7; 200]).contains("not a token shard"));
+        assert!(cause(&[7; 200]).contains("not a token shard"));
         let mut other = good.clone();
         other[8] = 9;
         assert!(cause(&other).contains("version 9"));

@@ -3,6 +3,7 @@
 use crate::error::{Error, Result};
 use memmap2::Mmap;
 use std::fs::File;
+use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use xxhash_rust::xxh3::Xxh3;
 
@@ -15,6 +16,10 @@ pub trait Source: Send + Sync {
     fn name(&self) -> String;
     /// Identifies the documents: equal fingerprints mean equal documents.
     fn fingerprint(&self) -> Result<u64>;
+    /// Files that were found and are not read.
+    fn left_out(&self) -> &[PathBuf] {
+        &[]
+    }
     /// Hands every document to `visit` in order and returns how many were left out because they hold nothing but white space.
     fn visit(&self, visit: &mut Visitor<'_>) -> Result<u64>;
 }
@@ -35,6 +40,7 @@ pub enum Layout {
 pub struct Files {
     name: String,
     files: Vec<(PathBuf, Layout)>,
+    left_out: Vec<PathBuf>,
 }
 
 impl Files {
@@ -48,7 +54,7 @@ impl Files {
         let metadata = std::fs::metadata(path).map_err(Error::io("read", path))?;
         if metadata.is_file() {
             let layout = layout(path).unwrap_or_else(|| layouts[0].1.clone());
-            return Ok(Self { name, files: vec![(path.to_path_buf(), layout)] });
+            return Ok(Self { name, files: vec![(path.to_path_buf(), layout)], left_out: Vec::new() });
         }
         let mut found = Vec::new();
         list_files(path, &mut found)?;
@@ -57,7 +63,23 @@ impl Files {
             let endings: Vec<String> = layouts.iter().map(|(ending, _)| format!("*.{ending}")).collect();
             return Err(Error::file(path, format!("no {} in this folder", endings.join(" or "))).fix("name a folder that holds text"));
         }
-        Ok(Self { name, files })
+        Ok(Self { name, files, left_out: Vec::new() })
+    }
+
+    /// Leaves out the files of JSON lines whose first line has not the field they are to be read by, unless no others are there:
+    /// for a folder that somebody named as a whole.
+    #[must_use]
+    pub fn only_with_field(mut self) -> Self {
+        let fits = |(path, layout): &(PathBuf, Layout)| match layout {
+            Layout::Lines(field) => first_line(path).is_none_or(|line| text_field(path, 1, &line, field).is_ok()),
+            Layout::Whole | Layout::Separated(_) => true,
+        };
+        let (files, others): (Vec<_>, Vec<_>) = self.files.iter().cloned().partition(fits);
+        if !files.is_empty() {
+            self.files = files;
+            self.left_out = others.into_iter().map(|(path, _)| path).collect();
+        }
+        self
     }
 
     /// The files that are read, in order.
@@ -82,6 +104,10 @@ impl Source for Files {
             })?;
         }
         Ok(hash.digest())
+    }
+
+    fn left_out(&self) -> &[PathBuf] {
+        &self.left_out
     }
 
     fn visit(&self, visit: &mut Visitor<'_>) -> Result<u64> {
@@ -142,6 +168,13 @@ fn text_field(path: &Path, line_number: usize, line: &str, field: &str) -> Resul
         },
         _ => Err(wrong("not a JSON object".into()).fix("give one JSON object per line")),
     }
+}
+
+/// The first line, where the file can be read and the line is no longer than a mebibyte.
+fn first_line(path: &Path) -> Option<String> {
+    let mut line = String::new();
+    BufReader::new(File::open(path).ok()?).take(1 << 20).read_line(&mut line).ok()?;
+    line.ends_with('\n').then_some(line)
 }
 
 /// UTF-8 without a byte order mark.
@@ -223,6 +256,10 @@ mod tests {
         }
         let layouts = [("txt", Layout::Whole), ("jsonl", Layout::Lines("text".into()))];
         assert_eq!(documents(folder.path(), &layouts).unwrap(), (["1", "2", "3", "4"].map(String::from).to_vec(), 1));
+        std::fs::write(folder.path().join("y.jsonl"), "{\"body\": \"5\"}\n").unwrap();
+        assert!(documents(folder.path(), &layouts).is_err());
+        let chosen = Files::new(folder.path(), &layouts).unwrap().only_with_field();
+        assert_eq!((chosen.paths().count(), chosen.left_out()), (5, &[folder.path().join("y.jsonl")][..]));
         let before = Files::new(folder.path(), &layouts).unwrap().fingerprint().unwrap();
         std::fs::write(folder.path().join("a.txt"), "5").unwrap();
         assert_ne!(before, Files::new(folder.path(), &layouts).unwrap().fingerprint().unwrap());

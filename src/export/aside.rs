@@ -11,11 +11,7 @@ use crate::error::{Error, Result};
 ///
 /// # Errors
 /// When the system refuses, or `fill` or `check` fails.
-pub fn write_file(
-    path: &Path,
-    fill: impl FnOnce(&mut dyn Write) -> Result<()>,
-    check: impl FnOnce(&Path) -> Result<()>,
-) -> Result<()> {
+pub fn write_file(path: &Path, fill: impl FnOnce(&mut dyn Write) -> Result<()>, check: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let parent = make_parent(path)?;
     let temporary = beside(path)?;
     let result = fill_and_sync(&temporary, fill)

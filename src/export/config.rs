@@ -130,7 +130,8 @@ pub fn check_spec(spec: &Spec, place: &str) -> Result<()> {
     if spec.heads * spec.head_dim > MAX_WIDTH {
         return refuse(format!("{} heads of {} are wider than {MAX_WIDTH}", spec.heads, spec.head_dim));
     }
-    if !(spec.norm_eps.is_finite() && spec.norm_eps >= 0.0) || !(spec.rope_theta.is_finite() && spec.rope_theta > 0.0) {
+    let in_range = |value: f64, least: f64| value.is_finite() && value >= least;
+    if !in_range(spec.norm_eps, 0.0) || !in_range(spec.rope_theta, f64::MIN_POSITIVE) {
         return refuse(format!("rms_norm_eps {} or rope_theta {} is out of range", spec.norm_eps, spec.rope_theta));
     }
     if spec.tied && spec.embedding_projection {

@@ -53,7 +53,8 @@ pub fn load_any(path: &Path) -> Result<Loaded> {
     if length == 4 && magic == *b"GGUF" {
         return load_gguf(path);
     }
-    Err(Error::file(path, "is neither a model directory nor a GGUF file").fix("give a checkpoint or Hugging Face directory, or a .gguf file"))
+    Err(Error::file(path, "is neither a model directory nor a GGUF file")
+        .fix("give a checkpoint or Hugging Face directory, or a .gguf file"))
 }
 
 fn load_directory(folder: &Path) -> Result<Loaded> {

@@ -137,8 +137,11 @@ fn gguf_plan(target: Target, format: &'static dyn Format, ternary: bool, spec: S
         let fits = wanted.layout().holds(width);
         if !fits && target.packs_ternary() {
             let block = wanted.layout().block;
-            return Err(Error::input(&parameter, format!("rows of {width} weights do not fit {}, whose blocks hold {block}", target.name()))
-                .fix(format!("make model.dim and model.ffn multiples of {block}, or choose gguf-f16")));
+            return Err(Error::input(
+                &parameter,
+                format!("rows of {width} weights do not fit {}, whose blocks hold {block}", target.name()),
+            )
+            .fix(format!("make model.dim and model.ffn multiples of {block}, or choose gguf-f16")));
         }
         if !fits {
             unfit.push(format!("{parameter} ({width})"));
@@ -247,9 +250,8 @@ mod tests {
 
     #[test]
     fn only_the_llama_architecture_permutes() {
-        let count = |face: &Spec| {
-            plan(face, Target::GgufF16).unwrap().tensors.iter().filter(|tensor| tensor.interleaved_heads.is_some()).count()
-        };
+        let count =
+            |face: &Spec| plan(face, Target::GgufF16).unwrap().tensors.iter().filter(|tensor| tensor.interleaved_heads.is_some()).count();
         assert_eq!((count(&spec()), count(&Spec { qk_norm: true, ..spec() })), (4, 0));
     }
 }

@@ -123,9 +123,8 @@ pub fn read_file(path: &Path) -> Result<BTreeMap<String, Parameter>> {
     // whole files into place. Ranges are checked against the length at this moment.
     let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", path))?;
     let map = Arc::new(map);
-    let (header, metadata) = SafeTensors::read_metadata(&map).map_err(|error| {
-        Error::file(path, format!("is not a whole safetensors file: {error}")).fix("copy or download it again")
-    })?;
+    let (header, metadata) = SafeTensors::read_metadata(&map)
+        .map_err(|error| Error::file(path, format!("is not a whole safetensors file: {error}")).fix("copy or download it again"))?;
     let mut tensors = BTreeMap::new();
     for name in metadata.offset_keys() {
         let info = metadata.info(&name).expect("the name comes from the same table");
@@ -218,7 +217,9 @@ mod tests {
         for (file, names, dtype) in [("a.safetensors", left, candle_core::DType::BF16), ("b.safetensors", right, candle_core::DType::F16)] {
             let part: BTreeMap<_, _> = names.iter().map(|name| (name, weights[name].to_dtype(dtype).unwrap())).collect();
             safetensors::serialize_to_file(part.iter(), None, &folder.path().join(file)).unwrap();
-            names.iter().for_each(|name| { map.insert(name.clone(), file.into()); });
+            names.iter().for_each(|name| {
+                map.insert(name.clone(), file.into());
+            });
         }
         fs::remove_file(folder.path().join(WEIGHTS)).unwrap();
         fs::write(folder.path().join(INDEX), serde_json::json!({ "weight_map": map }).to_string()).unwrap();
@@ -273,6 +274,19 @@ mod tests {
         assert!(read(folder.path()).unwrap_err().to_string().contains("model.safetensors"));
         fs::remove_file(folder.path().join(CONFIG)).unwrap();
         assert!(read(folder.path()).unwrap_err().to_string().contains("config.json"));
+    }
+
+    /// `tests/hostile/safetensors.txt`, made by the script beside it.
+    #[test]
+    fn hostile_files_are_named_and_refused() {
+        let folder = std::path::PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/hostile");
+        let list = read_text(&folder.join("safetensors.txt")).unwrap();
+        let cases: Vec<_> = list.lines().filter(|line| !line.starts_with('#')).map(|line| line.split_once(": ").unwrap()).collect();
+        assert!(cases.len() >= 18);
+        for (name, words) in cases {
+            let message = read_file(&folder.join(name)).expect_err(name).to_string();
+            assert!(message.contains(name) && message.contains(words), "{message}");
+        }
     }
 
     proptest::proptest! {

@@ -20,16 +20,8 @@ pub enum Target {
 
 impl Target {
     /// Every target, in the order help texts list them.
-    pub const ALL: [Self; 8] = [
-        Self::Hf,
-        Self::HfBitnet,
-        Self::GgufF16,
-        Self::GgufBf16,
-        Self::GgufQ8_0,
-        Self::GgufQ4_0,
-        Self::GgufTq1_0,
-        Self::GgufTq2_0,
-    ];
+    pub const ALL: [Self; 8] =
+        [Self::Hf, Self::HfBitnet, Self::GgufF16, Self::GgufBf16, Self::GgufQ8_0, Self::GgufQ4_0, Self::GgufTq1_0, Self::GgufTq2_0];
 
     /// As it is spelled on the command line and in recipes.
     pub fn name(self) -> &'static str {

@@ -32,15 +32,7 @@ pub(super) fn spec() -> Spec {
 
 /// The default ternary face, with widths that ternary formats hold.
 pub(super) fn ternary_spec() -> Spec {
-    Spec {
-        dim: 256,
-        head_dim: 64,
-        ffn: 512,
-        norm: Norm::SingleScale,
-        embedding_projection: true,
-        linear: LinearKind::Ternary,
-        ..spec()
-    }
+    Spec { dim: 256, head_dim: 64, ffn: 512, norm: Norm::SingleScale, embedding_projection: true, linear: LinearKind::Ternary, ..spec() }
 }
 
 /// Reproducible values in (-1, 1).

@@ -30,13 +30,9 @@ fn exported(spec: &Spec, target: Target) -> (tempfile::TempDir, PathBuf, Report,
 
 #[test]
 fn dense_exports_come_back_within_their_formats_error() {
-    for (target, limit) in [
-        (Target::Hf, 0.0),
-        (Target::GgufF16, 5e-4),
-        (Target::GgufBf16, 4e-3),
-        (Target::GgufQ8_0, 8e-3),
-        (Target::GgufQ4_0, 0.13),
-    ] {
+    for (target, limit) in
+        [(Target::Hf, 0.0), (Target::GgufF16, 5e-4), (Target::GgufBf16, 4e-3), (Target::GgufQ8_0, 8e-3), (Target::GgufQ4_0, 0.13)]
+    {
         for spec in [face(), Spec { qk_norm: true, tied: true, ..face() }] {
             let (_folder, _, report, loaded) = exported(&spec, target);
             assert_eq!(loaded.spec, spec);
@@ -147,14 +143,34 @@ fn candle_reads_the_same_values() {
 
 #[test]
 fn files_without_our_own_keys_are_understood() {
-    for (spec, target) in [(face(), Target::GgufF16), (ternary_spec(), Target::GgufTq2_0), (Spec { tied: true, qk_norm: true, ..face() }, Target::GgufQ8_0)] {
+    for (spec, target) in
+        [(face(), Target::GgufF16), (ternary_spec(), Target::GgufTq2_0), (Spec { tied: true, qk_norm: true, ..face() }, Target::GgufQ8_0)]
+    {
         let (_folder, path, _, ours) = exported(&spec, target);
         let file = gguf::GgufFile::open(&path).unwrap();
         let mut metadata = gguf::Metadata::default();
-        file.metadata.entries().iter().filter(|(key, _)| !key.starts_with("osprey.")).for_each(|(key, value)| metadata.set(key.clone(), value.clone()));
-        let entries: Vec<_> = file.tensors.iter().map(|info| gguf::TensorEntry { name: info.name.clone(), shape: info.shape.clone(), format: info.format().unwrap() }).collect();
+        file.metadata
+            .entries()
+            .iter()
+            .filter(|(key, _)| !key.starts_with("osprey."))
+            .for_each(|(key, value)| metadata.set(key.clone(), value.clone()));
+        let entries: Vec<_> = file
+            .tensors
+            .iter()
+            .map(|info| gguf::TensorEntry { name: info.name.clone(), shape: info.shape.clone(), format: info.format().unwrap() })
+            .collect();
         let foreign = path.with_extension("foreign");
-        gguf::write(&foreign, &metadata, &entries, |index, bytes| { bytes.extend(file.data(&file.tensors[index])?); Ok(()) }, |_| Ok(())).unwrap();
+        gguf::write(
+            &foreign,
+            &metadata,
+            &entries,
+            |index, bytes| {
+                bytes.extend(file.data(&file.tensors[index])?);
+                Ok(())
+            },
+            |_| Ok(()),
+        )
+        .unwrap();
         let theirs = load_any(&foreign).unwrap();
         // Epsilon travels as f32.
         assert_eq!(Spec { norm_eps: ours.spec.norm_eps, ..theirs.spec.clone() }, ours.spec);

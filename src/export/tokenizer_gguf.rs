@@ -29,10 +29,7 @@ const BYTE: i32 = 6;
 
 /// Patterns that cut text before merging, with llama.cpp's names for them.
 const PATTERNS: [(&str, &str); 2] = [
-    (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-        "llama-bpe",
-    ),
+    (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+", "llama-bpe"),
     (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+", "qwen2"),
 ];
 
@@ -82,7 +79,10 @@ pub fn read(metadata: &Metadata) -> Result<Option<Tokenizer>> {
     }
     let strings = |key: &str| -> Result<Vec<String>> {
         let items = metadata.get(key).and_then(Value::items).ok_or_else(|| Error::input(key, "is missing or no array"))?;
-        items.iter().map(|item| item.as_str().map(str::to_owned).ok_or_else(|| Error::input(key, "holds something other than text"))).collect()
+        items
+            .iter()
+            .map(|item| item.as_str().map(str::to_owned).ok_or_else(|| Error::input(key, "holds something other than text")))
+            .collect()
     };
     let types = metadata.get("tokenizer.ggml.token_type").and_then(Value::items).unwrap_or(&[]);
     let special: Vec<u32> = (0u32..).zip(types).filter(|(_, kind)| kind.as_u64() == Some(CONTROL as u64)).map(|(id, _)| id).collect();
@@ -126,8 +126,7 @@ struct Definition<'a> {
 impl Definition<'_> {
     fn kind(&self) -> Result<Kind> {
         let refuse = |cause: String| {
-            Err(Error::input("tokenizer", cause)
-                .fix("export to hf, or train with a byte, character or BPE tokenizer of Osprey's"))
+            Err(Error::input("tokenizer", cause).fix("export to hf, or train with a byte, character or BPE tokenizer of Osprey's"))
         };
         let model = &self.json["model"];
         if model["type"] != "BPE" {
@@ -243,7 +242,8 @@ impl Definition<'_> {
 
     /// Whether scores can stand for the merges: no way to build a token is missing, and its merges follow one another.
     fn every_split_is_a_merge(&self, tokens: &[String], types: &[i32], merges: &[(&str, &str)]) -> bool {
-        let normal: BTreeSet<&str> = tokens.iter().zip(types).filter(|(_, kind)| **kind == NORMAL).map(|(token, _)| token.as_str()).collect();
+        let normal: BTreeSet<&str> =
+            tokens.iter().zip(types).filter(|(_, kind)| **kind == NORMAL).map(|(token, _)| token.as_str()).collect();
         let known: BTreeSet<(&str, &str)> = merges.iter().copied().collect();
         let whole = normal.iter().all(|token| {
             let mut splits = token.char_indices().skip(1).map(|(at, _)| token.split_at(at));
@@ -280,7 +280,10 @@ impl Definition<'_> {
 
 /// `<0x00>` to `<0xFF>`.
 fn is_byte_token(piece: &str) -> bool {
-    piece.strip_prefix("<0x").and_then(|rest| rest.strip_suffix('>')).is_some_and(|hex| hex.len() == 2 && u8::from_str_radix(hex, 16).is_ok())
+    piece
+        .strip_prefix("<0x")
+        .and_then(|rest| rest.strip_suffix('>'))
+        .is_some_and(|hex| hex.len() == 2 && u8::from_str_radix(hex, 16).is_ok())
 }
 
 /// The byte a letter of GPT-2's byte alphabet stands for: printable Latin-1 stands for itself, the other bytes follow from U+0100 on.
@@ -305,7 +308,8 @@ mod tests {
     }
 
     fn sentence_piece(merges: &Json) -> Json {
-        let mut vocab = json!({ "<unk>": 0, "<s>": 1, "</s>": 2, "\u{2581}": 259, "a": 260, "b": 261, "ab": 262, "\u{2581}a": 263, "\u{2581}ab": 264 });
+        let mut vocab =
+            json!({ "<unk>": 0, "<s>": 1, "</s>": 2, "\u{2581}": 259, "a": 260, "b": 261, "ab": 262, "\u{2581}a": 263, "\u{2581}ab": 264 });
         (0..256).for_each(|byte| vocab[format!("<0x{byte:02X}>")] = json!(byte + 3));
         let special = |id: u32, content: &str| json!({ "id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true });
         json!({
@@ -338,12 +342,15 @@ mod tests {
     #[test]
     fn merge_ranks_become_scores() {
         let merges = json!([["a", "b"], ["\u{2581}", "a"], ["\u{2581}", "ab"], ["\u{2581}a", "b"]]);
-        let tokenizer = Tokenizer::from_json(sentence_piece(&merges), &json!({ "bos_token": "<s>", "add_bos_token": true }), &Json::Null).unwrap();
+        let tokenizer =
+            Tokenizer::from_json(sentence_piece(&merges), &json!({ "bos_token": "<s>", "add_bos_token": true }), &Json::Null).unwrap();
         let mut metadata = Metadata::default();
         assert_eq!(write(&tokenizer, 266, &mut metadata).unwrap(), Vec::<String>::new());
-        let scores: Vec<f64> = metadata.get("tokenizer.ggml.scores").unwrap().items().unwrap().iter().map(|score| score.as_f64().unwrap()).collect();
+        let scores: Vec<f64> =
+            metadata.get("tokenizer.ggml.scores").unwrap().items().unwrap().iter().map(|score| score.as_f64().unwrap()).collect();
         assert_eq!(scores[259..], [0.0, 0.0, 0.0, -1.0, -2.0, -3.0, 0.0]);
-        let types: Vec<u64> = metadata.get("tokenizer.ggml.token_type").unwrap().items().unwrap().iter().map(|kind| kind.as_u64().unwrap()).collect();
+        let types: Vec<u64> =
+            metadata.get("tokenizer.ggml.token_type").unwrap().items().unwrap().iter().map(|kind| kind.as_u64().unwrap()).collect();
         assert_eq!((&types[..4], types[265]), (&[2, 3, 3, 6][..], 5));
         assert_eq!(metadata.get("tokenizer.ggml.add_space_prefix").unwrap().as_bool(), Some(true));
         assert_eq!(read(&metadata).unwrap().unwrap().fingerprint(), tokenizer.fingerprint());

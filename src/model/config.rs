@@ -59,6 +59,33 @@ fn default_rope_theta() -> f64 {
     10_000.0
 }
 
+/// A minimal dense model; recipes always say these numbers.
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            face: Face::Dense,
+            dim: 64,
+            layers: 2,
+            heads: 2,
+            kv_heads: None,
+            head_dim: None,
+            ffn: None,
+            context: 64,
+            vocab: None,
+            norm: None,
+            norm_eps: default_norm_eps(),
+            embedding_projection: None,
+            linear: None,
+            sub_norm: None,
+            activation: None,
+            qk_norm: None,
+            tied: None,
+            rope_theta: default_rope_theta(),
+            activation_checkpointing: false,
+        }
+    }
+}
+
 impl Config {
     /// Fills in the face's presets and checks that the widths fit together.
     pub fn resolve(&self, tokenizer_vocab: usize) -> Result<Spec> {

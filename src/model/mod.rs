@@ -2,6 +2,7 @@
 
 mod config;
 mod decoder;
+pub mod flops;
 pub mod init;
 mod params;
 mod spec;

@@ -3,12 +3,38 @@
 //! A recipe is one field per stage, each of the stage's own `Config` type with `deny_unknown_fields`; choices are externally tagged enums,
 //! because serde buffers `flatten`, untagged and internally tagged values and loses the line numbers.
 
+mod assemble;
 mod explain;
+mod finish;
 mod load;
 mod overrides;
 pub mod run;
 mod schema;
 mod suggest;
 
+pub use assemble::{Assembled, Batches, assemble, device};
+pub use finish::{ExportConfig, ValidateConfig};
 pub use load::{load, parse, to_toml};
 pub use schema::keys;
+
+use serde::{Deserialize, Serialize};
+
+/// What was typed: one field per stage.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    pub run: run::Config,
+    pub model: crate::model::Config,
+    pub data: crate::data::Config,
+    #[serde(default)]
+    pub optim: crate::optim::Config,
+    pub train: crate::train::Config,
+    #[serde(default)]
+    pub eval: crate::train::EvalConfig,
+    #[serde(default)]
+    pub checkpoint: crate::checkpoint::Config,
+    #[serde(default)]
+    pub export: ExportConfig,
+    #[serde(default)]
+    pub validate: ValidateConfig,
+}

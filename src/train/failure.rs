@@ -49,7 +49,9 @@ pub fn replay(setup: &Setup, path: &Path) -> Result<Replay> {
     let saved = checkpoint::open(folder)?;
     let kept: Kept = saved.json(BATCHES)?;
     let batches: Vec<Arc<Batch>> = kept.batches.into_iter().map(Arc::new).collect();
-    batches.iter().try_for_each(|batch| batch.check(setup.spec.vocab).map_err(|error| Error::file(&folder.join(BATCHES), error)))?;
+    if !batches.iter().all(|batch| is_sound(batch, setup)) {
+        return Err(Error::file(&folder.join(BATCHES), "does not fit the recipe's model").fix("replay with the recipe of the run that failed"));
+    }
     let parameters = read_weights(setup, &saved)?;
     let decoder = Decoder::new(setup.spec.clone(), setup.activation_checkpointing);
     let mut gradients = GradientBuffers::new(&parameters)?;
@@ -61,4 +63,17 @@ pub fn replay(setup: &Setup, path: &Path) -> Result<Replay> {
     let names = parameters.list().iter().enumerate();
     let gradient_norms = names.map(|(index, p)| Ok((p.name.clone(), norm(index)?))).collect::<Result<_>>()?;
     Ok(Replay { step: saved.step() + 1, cause: kept.cause, loss, gradient_norms })
+}
+
+fn is_sound(batch: &Batch, setup: &Setup) -> bool {
+    let tokens = batch.rows.saturating_mul(batch.context);
+    let lengths = [batch.inputs.len(), batch.targets.len(), batch.weights.len(), batch.positions.len(), batch.document_starts.len()];
+    let known = |ids: &[u32]| ids.iter().all(|&id| (id as usize) < setup.spec.vocab);
+    let in_row = |values: &[u32]| values.iter().all(|&at| (at as usize) < batch.context);
+    lengths == [tokens; 5]
+        && batch.context <= setup.spec.context
+        && known(&batch.inputs)
+        && known(&batch.targets)
+        && in_row(&batch.positions)
+        && in_row(&batch.document_starts)
 }

@@ -13,7 +13,7 @@ pub use config::{Config, EvalConfig};
 pub use failure::{Replay, replay};
 pub use probe::prove_gradients;
 pub use run::{Feed, Monitor, Outcome, run};
-pub use state::State;
+pub use state::{State, cursor};
 
 use crate::model::Spec;
 use std::path::PathBuf;
@@ -35,6 +35,8 @@ pub struct Setup {
     pub reference: bool,
     /// The resolved recipe, for the record.
     pub recipe: String,
+    /// Ids that generation needs, for `config.json`.
+    pub special_ids: crate::export::config::SpecialIds,
     /// Names and contents of the tokenizer's files, which every checkpoint holds.
     pub tokenizer_files: Vec<(String, String)>,
 }

@@ -4,8 +4,8 @@ use super::evaluate::{Evaluation, evaluate};
 use super::metrics::Record;
 use super::probe::prove_gradients;
 use super::state::State;
-use super::{Config, EvalConfig, Setup, failure, step};
-use crate::data::Batch;
+use super::{Config, Setup, failure, step};
+use crate::data::{Batch, Cursor};
 use crate::error::{Error, Result};
 use crate::model::{Decoder, GradientBuffers};
 use crate::optim::StepReport;
@@ -19,6 +19,8 @@ pub trait Feed {
     fn next(&mut self, step: u64) -> Result<Vec<Arc<Batch>>>;
     /// Time spent waiting for data so far.
     fn waited(&self) -> Duration;
+    /// Where the data stands, for the checkpoint.
+    fn cursor(&self) -> Cursor;
 }
 
 /// Hears what happens.
@@ -67,11 +69,11 @@ pub fn run(
             monitor.note(&format!("gradient proof: all {} parameters receive a finite, non-zero gradient", state.parameters.list().len()));
         }
         run.step(&mut state, &batches, &mut gradients, monitor)?;
-        run.look_and_save(&mut state, stop, monitor)?;
+        run.look_and_save(&mut state, &feed.cursor(), stop, monitor)?;
     }
     let checkpoint = match run.saved.take() {
         Some((step, path)) if step == state.step => path,
-        _ => run.save(&state, None)?,
+        _ => run.save(&state, &feed.cursor(), None)?,
     };
     let waited = feed.waited() - already_waited;
     Ok(Outcome {
@@ -153,28 +155,28 @@ impl Run<'_> {
         Ok(())
     }
 
-    fn look_and_save(&mut self, state: &mut State, stop: &AtomicBool, monitor: &mut dyn Monitor) -> Result<()> {
-        let last = state.step == self.config().steps;
-        let due = |every: u64| last || (every > 0 && state.step.is_multiple_of(every));
+    fn look_and_save(&mut self, state: &mut State, cursor: &Cursor, stop: &AtomicBool, monitor: &mut dyn Monitor) -> Result<()> {
+        let (step, last) = (state.step, state.step == self.config().steps);
+        let due = |every: u64| last || (every > 0 && step.is_multiple_of(every));
         let mut quantized = None;
         if due(self.setup.eval.every) && !self.validation.is_empty() {
             let paused = Instant::now();
             let evaluation = evaluate(self.decoder, &state.parameters, self.validation)?;
             quantized = Some(evaluation.loss_quantized);
-            self.write(state, &evaluation_record(state.step, &evaluation), monitor)?;
+            self.write(state, &evaluation_record(step, &evaluation), monitor)?;
             self.evaluation = Some(evaluation);
             self.window.since += paused.elapsed();
         }
         if due(self.setup.checkpoint.every) || stop.load(Ordering::Relaxed) {
             let paused = Instant::now();
-            self.saved = Some((state.step, self.save(state, quantized)?));
+            self.saved = Some((state.step, self.save(state, cursor, quantized)?));
             self.window.since += paused.elapsed();
         }
         Ok(())
     }
 
-    fn save(&self, state: &State, quantized: Option<f64>) -> Result<std::path::PathBuf> {
-        let path = state.save(self.setup, quantized)?;
+    fn save(&self, state: &State, cursor: &Cursor, quantized: Option<f64>) -> Result<std::path::PathBuf> {
+        let path = state.save(self.setup, cursor, quantized)?;
         crate::checkpoint::prune(&self.setup.run_dir, self.setup.checkpoint.keep_last)?;
         Ok(path)
     }
@@ -198,9 +200,4 @@ fn evaluation_record(step: u64, evaluation: &Evaluation) -> Record {
         record.put("zero_fraction", fraction);
     }
     record
-}
-
-/// Evaluation settings that make sense together with the data.
-pub fn validation_rows(eval: &EvalConfig, available: usize) -> usize {
-    if eval.rows == 0 { available } else { eval.rows.min(available) }
 }

@@ -2,9 +2,10 @@
 
 use super::Setup;
 use super::evaluate::host_tensors;
-use super::metrics::Metrics;
+use super::metrics::Sinks;
 use super::step::parameter_infos;
 use crate::checkpoint::{self, Checkpoint, Meta, Payload};
+use crate::data::Cursor;
 use crate::error::{Error, Result};
 use crate::export::config::config_json;
 use crate::model::{Parameters, init::initialize};
@@ -16,13 +17,19 @@ use std::path::{Path, PathBuf};
 
 const WEIGHTS: &str = "model.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
+const CURSOR: &str = "data_cursor.json";
+
+/// Where the data stood when `saved` was written.
+pub fn cursor(saved: &Checkpoint) -> Result<Cursor> {
+    saved.json(CURSOR)
+}
 
 /// Weights, optimizer state and the number of steps taken; the order of the data is a pure function of the step.
 pub struct State {
     pub step: u64,
     pub parameters: Parameters,
     pub optimizer: Optimizer,
-    pub metrics: Metrics,
+    pub metrics: Sinks,
 }
 
 impl State {
@@ -35,7 +42,7 @@ impl State {
     fn with(setup: &Setup, step: u64, parameters: Parameters) -> Result<Self> {
         let infos = parameter_infos(&parameters, setup.spec.heads, setup.spec.kv_heads);
         let optimizer = Optimizer::new(&setup.optim, &infos, setup.train.steps)?;
-        let metrics = Metrics::open(&setup.run_dir, step)?;
+        let metrics = Sinks::open(&setup.run_dir, step)?;
         Ok(Self { step, parameters, optimizer, metrics })
     }
 
@@ -53,8 +60,9 @@ impl State {
     }
 
     /// Writes `RUN/step-NNNNNN/` and returns it.
-    pub fn save(&self, setup: &Setup, val_loss_quantized: Option<f64>) -> Result<PathBuf> {
-        self.write(setup, &setup.run_dir, val_loss_quantized, vec![])
+    pub fn save(&self, setup: &Setup, cursor: &Cursor, val_loss_quantized: Option<f64>) -> Result<PathBuf> {
+        let cursor = serde_json::to_value(cursor).map_err(|error| Error::input(CURSOR, error))?;
+        self.write(setup, &setup.run_dir, val_loss_quantized, vec![(CURSOR.to_owned(), Payload::json(&cursor))])
     }
 
     /// Writes a checkpoint with `extra` files into `folder`.
@@ -72,7 +80,7 @@ impl State {
         let mut state: Vec<_> = state.iter().map(|(name, values)| checkpoint::Tensor::new(name, &[values.len()], values)).collect();
         state.sort_by(|a, b| a.name.cmp(&b.name));
         let mut files = vec![
-            ("config.json".to_owned(), Payload::json(&config_json(&setup.spec))),
+            ("config.json".to_owned(), Payload::json(&config_json(&setup.spec, setup.special_ids))),
             (WEIGHTS.to_owned(), Payload::Tensors(weights)),
             (OPTIMIZER.to_owned(), Payload::Tensors(state)),
         ];

@@ -27,6 +27,14 @@ pub struct Document {
 }
 
 impl Document {
+    /// A document of token ids (BOS included, where the tokenizer has one), cut to `context`; nothing when no token would be predicted.
+    pub fn from_ids(mut ids: Vec<u32>, context: usize, tokenizer: &Tokenizer) -> Option<Self> {
+        let is_cut = ids.len() > context;
+        ids.truncate(context);
+        let predicted_bytes = tokenizer.decode(ids.get(1..)?).ok()?.len();
+        (ids.len() >= 2).then_some(Self { ids, predicted_bytes, is_cut })
+    }
+
     /// Number of tokens that are predicted.
     pub fn predicted(&self) -> usize {
         self.ids.len() - 1

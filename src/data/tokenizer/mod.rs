@@ -117,7 +117,7 @@ impl Tokenizer {
             None => first,
         };
         let eos = named("eos")?.or(last).or_else(|| [END_OF_TEXT, "</s>"].iter().find_map(|name| inner.token_to_id(name)));
-        for id in [bos, eos].into_iter().flatten().filter(|&id| id as usize >= vocabulary) {
+        if let Some(id) = [bos, eos].into_iter().flatten().find(|&id| id as usize >= vocabulary) {
             return Err(broken(format!("special token {id} is outside the vocabulary of {vocabulary}")));
         }
         let cut = find_cut(&json);
@@ -251,8 +251,8 @@ impl Tokenizer {
         TextStream::new(self)
     }
 
-    /// Writes `tokenizer.json` and `tokenizer_config.json` into `folder` as transformers reads them.
-    pub fn save(&self, folder: &Path) -> Result<()> {
+    /// Names and texts of `tokenizer.json` and `tokenizer_config.json`, as transformers reads them.
+    pub fn files(&self) -> Vec<(String, String)> {
         let name = |id: Option<u32>| id.and_then(|id| self.piece(id)).map_or(Value::Null, Value::String);
         let config = serde_json::json!({
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -262,8 +262,16 @@ impl Tokenizer {
             "add_eos_token": false,
             "clean_up_tokenization_spaces": false,
         });
-        write_json(&folder.join("tokenizer.json"), &self.json)?;
-        write_json(&folder.join("tokenizer_config.json"), &config)
+        let text = |value: &Value| serde_json::to_string_pretty(value).expect("a JSON value always prints") + "\n";
+        vec![("tokenizer.json".to_owned(), text(&self.json)), ("tokenizer_config.json".to_owned(), text(&config))]
+    }
+
+    /// Writes [`Tokenizer::files`] into `folder`.
+    pub fn save(&self, folder: &Path) -> Result<()> {
+        self.files().into_iter().try_for_each(|(name, text)| {
+            let path = folder.join(name);
+            std::fs::write(&path, text).map_err(Error::io("write", &path))
+        })
     }
 }
 
@@ -281,11 +289,6 @@ fn read_json(path: &Path) -> Result<Value> {
     let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
     serde_json::from_slice(&bytes)
         .map_err(|error| Error::file(path, format!("not JSON: {error}")).fix("give the tokenizer.json of a Hugging Face model"))
-}
-
-fn write_json(path: &Path, value: &Value) -> Result<()> {
-    let text = serde_json::to_string_pretty(value).expect("a JSON value always prints");
-    std::fs::write(path, text + "\n").map_err(Error::io("write", path))
 }
 
 /// The id `tokenizer_config.json` gives as `bos_token` or `eos_token` (a string or `{"content": ...}`), or `config.json` as

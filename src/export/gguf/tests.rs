@@ -82,11 +82,23 @@ fn fill_must_give_as_many_bytes_as_the_table_says() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("short.gguf");
     let entries = [TensorEntry { name: "x".into(), shape: vec![4], format: &quant::F32 }];
-    assert!(write(&path, &Metadata::default(), &entries, |_, bytes| { bytes.push(1); Ok(()) }, |_| Ok(())).is_err());
+    assert!(
+        write(
+            &path,
+            &Metadata::default(),
+            &entries,
+            |_, bytes| {
+                bytes.push(1);
+                Ok(())
+            },
+            |_| Ok(())
+        )
+        .is_err()
+    );
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
 }
 
-/// Files that must be refused, each with the words its message must have. They are kept in `tests/hostile`; the list is in `README.md` there.
+/// Files that must be refused, each with the words its message must have: `tests/hostile/gguf.txt`, made by the script beside it.
 #[test]
 fn hostile_files_are_named_and_refused() {
     let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/hostile");

@@ -16,7 +16,7 @@ use forward::{BLOCK, Block};
 use rayon::prelude::*;
 use std::borrow::Cow;
 use std::marker::PhantomData;
-use tiles::HeadRows;
+use tiles::{HeadRows, write_scaled};
 pub use tiles::{KeyValueTiles, TILE, TiledKeyValues, key_tile_len, padded, store_key, store_value, value_tile_len};
 
 /// Sizes of one attention over a batch of rows of equal length.
@@ -212,7 +212,7 @@ pub fn attention_backward(
             for (row, source) in source.chunks_exact(padded(head_dim)).take(tokens).enumerate() {
                 // SAFETY: one task per (batch, kv_head) and so per head of its group, one part per row.
                 let target = unsafe { target.part(((batch * tokens + row) * num_heads + head) * head_dim, head_dim) };
-                target.iter_mut().zip(source).for_each(|(target, source)| *target = source * factor);
+                write_scaled(source, factor, target);
             }
         };
         for head in kv_head * shape.group()..(kv_head + 1) * shape.group() {

@@ -1,7 +1,7 @@
 //! Softmax cross-entropy over a chunk of logits, with the gradient written over them. z-loss: Chowdhery et al. 2022, arXiv:2204.02311, section 5.
 //! lse = ln sum_v exp(l_v),  nll = lse - l_target,  loss = scale * sum_rows weight * (nll + z * lse^2)
-//! dl_v = scale * weight * ((1 + 2 z lse) * exp(l_v - lse) - [v = target])
-//! logits: [rows, vocabulary]   targets, weights, nll, lse: [rows]
+//! dl_v = scale * weight * ((1 + 2 z lse) * exp(l_v - lse) - (v = target ? 1 : 0))
+//! logits: `[rows, vocabulary]`   targets, weights, nll, lse: `[rows]`
 //! Reads and writes f32; a row's exponentials are summed in 16 f32 lanes, rows are summed in f64 in order.
 
 use super::math::{exp, ln};

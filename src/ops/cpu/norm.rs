@@ -1,7 +1,7 @@
 //! Root-mean-square normalization with the residual add before it. Zhang & Sennrich 2019, arXiv:1910.07467.
 //! s = x + residual,  n = r * s,  y = g * n,  r = 1/sqrt(mean(s^2) + eps)
 //! ds = incoming + r * (g*dy - n * mean(g*dy*n)),  dg = sum_rows(dy*n)   (for a scalar gain summed over the width too)
-//! x, s, y: [rows, d]   g: [d] or [1]   r: [rows]   d width: the model's, or a head's for QK-norm (rows = tokens * heads)
+//! x, s, y: `[rows, d]`   g: `[d]` or `[1]`   r: `[rows]`   d width: the model's, or a head's for QK-norm (rows = tokens * heads)
 //! Reads, accumulates and writes f32.
 
 use super::reduce;

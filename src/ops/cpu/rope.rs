@@ -1,6 +1,6 @@
 //! Rotary position embedding. Su et al. 2021, arXiv:2104.09864; the half-split pairing of GPT-NeoX and Hugging Face Llama.
 //! (x_i, x_{i+h/2}) -> (x_i cos a - x_{i+h/2} sin a, x_{i+h/2} cos a + x_i sin a), a = position * theta^(-2i/h);  backward: angle -a
-//! x: [rows, heads * h]   positions: [rows]   h head width (even)
+//! x: `[rows, heads * h]`   positions: `[rows]`   h head width (even)
 //! Angles, sines and cosines in f64, rounded to f32 once; rotates f32.
 
 use crate::multiversion;

@@ -54,7 +54,7 @@ pub(super) struct QuerySide<'a> {
     pub(super) queries: HeadRows<'a>,
     pub(super) outputs: HeadRows<'a>,
     pub(super) d_outputs: HeadRows<'a>,
-    /// [tokens]
+    /// One per token.
     pub(super) log_sum_exp: &'a [f32],
     pub(super) scale: f32,
 }
@@ -64,7 +64,7 @@ struct Work {
     /// [tokens, padded head_dim], scaled.
     queries: Scratch,
     d_outputs: Scratch,
-    /// [tokens]: sum_d out * d_out, which is also sum_j weight_j * d_weight_j.
+    /// One per token: sum_d out * d_out, which is also sum_j weight_j * d_weight_j.
     deltas: Scratch,
     /// [BLOCK, TILE] each.
     weights: Scratch,
@@ -135,7 +135,7 @@ fn backward_tile(side: &mut KeySide, work: &mut Work, lse: &[f32], starts: &[u32
         against(&work.queries[row * width..], &keys_transposed[lane..], &mut weights[lane..]);
         against(&work.d_outputs[row * width..], &values_transposed[lane..], &mut d_scores[lane..]);
         let lines = row..row + seen.len();
-        differentiate_lines(seen, &lse[lines.clone()], &work.deltas[lines], weights, d_scores);
+        differentiate_lines(hull, seen, &lse[lines.clone()], &work.deltas[lines], weights, d_scores);
         let product = Product {
             rows: seen.len(),
             steps: hull.end - hull.first,
@@ -156,18 +156,22 @@ fn backward_tile(side: &mut KeySide, work: &mut Work, lse: &[f32], starts: &[u32
 multiversion! {
     /// Scores become weights exp(score - lse), gradients of weights become gradients of scores weight * (d_weight - delta); both are 0
     /// where a line sees nothing.
-    fn differentiate_lines(seen: &[Seen], lse: &[f32], deltas: &[f32], weights: &mut [f32], d_scores: &mut [f32]) {
+    fn differentiate_lines(hull: Seen, seen: &[Seen], lse: &[f32], deltas: &[f32], weights: &mut [f32], d_scores: &mut [f32]) {
+        let (first, columns) = hull.lanes();
         let lines = weights.chunks_exact_mut(TILE).zip(d_scores.chunks_exact_mut(TILE));
         for (((seen, lse), delta), (weights, d_scores)) in seen.iter().zip(lse).zip(deltas).zip(lines) {
-            hide(*seen, weights, f32::NEG_INFINITY);
+            let used = first..first + columns;
+            for (d_score, weight) in d_scores[used.clone()].iter_mut().zip(&mut weights[used]) {
+                *weight = exp(*weight - lse);
+                *d_score = *weight * (*d_score - delta);
+            }
+            hide(*seen, weights, 0.0);
             hide(*seen, d_scores, 0.0);
-            weights.iter_mut().for_each(|weight| *weight = exp(*weight - lse));
-            d_scores.iter_mut().zip(weights).for_each(|(d_score, weight)| *d_score = *weight * (*d_score - delta));
         }
     }
 }
 
-/// gradient[key] += sum_queries a[query, key] * b[query], in groups of keys, over the queries that see some key of the group.
+/// `gradient[key] += sum_queries a[query, key] * b[query]`, in groups of keys, over the queries that see some key of the group.
 fn gather_keys(seen: &[Seen], width: usize, a: &[f32], b: &[f32], gradient: &mut [f32]) {
     for key in (0..TILE).step_by(GROUP) {
         let sees = |seen: &Seen| !seen.is_empty() && seen.first < key + GROUP && seen.end > key;

@@ -124,7 +124,7 @@ impl Block {
         };
         product.run(Target { c: &mut scores[first..], stride: TILE, accumulate: false });
         let outputs = &mut self.outputs[first_line * width..];
-        soften(width, &seen[..rows], scores, &mut self.maxima[lines.clone()], &mut self.sums[lines], outputs);
+        soften(width, hull, &seen[..rows], scores, &mut self.maxima[lines.clone()], &mut self.sums[lines], outputs);
         let product = Product {
             rows,
             steps: hull.end - hull.first,
@@ -152,24 +152,27 @@ impl Block {
 multiversion! {
     /// One step of the online softmax for a group of lines: scores become weights exp(score - max), the running maxima and sums are
     /// brought up to date, and the outputs so far are rescaled to the new maxima (Milakov & Gimelshein 2018, arXiv:1805.02867).
-    /// A line that sees nothing of the tile gets weights 0 and stays as it is.
-    fn soften(width: usize, seen: &[Seen], scores: &mut [f32], maxima: &mut [f32], sums: &mut [Lanes], outputs: &mut [f32]) {
+    /// Only the slots of `hull`, widened to whole vectors, are touched; there a line's weights are 0 where it sees nothing, and a line
+    /// that sees nothing at all stays as it is.
+    fn soften(width: usize, hull: Seen, seen: &[Seen], scores: &mut [f32], maxima: &mut [f32], sums: &mut [Lanes], outputs: &mut [f32]) {
+        let (first, columns) = hull.lanes();
         let lines = seen.iter().zip(scores.chunks_exact_mut(TILE)).zip(maxima.iter_mut().zip(sums)).zip(outputs.chunks_exact_mut(width));
         for (((seen, scores), (maximum, sums)), outputs) in lines {
+            let scores = &mut scores[first..first + columns];
             if seen.is_empty() {
                 scores.fill(0.0);
                 continue;
             }
-            hide(*seen, scores, f32::NEG_INFINITY);
+            hide(Seen { first: seen.first - first, end: seen.end - first }, scores, f32::NEG_INFINITY);
             let larger = reduce::larger(reduce::max(scores), *maximum);
             let correction = exp(*maximum - larger);
             *maximum = larger;
             scores.iter_mut().for_each(|score| *score = exp(*score - larger));
+            let rescaled = sums.map(|sum| sum * correction);
+            *sums = reduce::add_to(rescaled, scores);
             if correction != 1.0 {
-                sums.iter_mut().for_each(|sum| *sum *= correction);
                 outputs.iter_mut().for_each(|output| *output *= correction);
             }
-            *sums = reduce::add_to(*sums, scores);
         }
     }
 }

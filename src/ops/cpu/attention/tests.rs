@@ -248,6 +248,31 @@ fn a_cache_gives_the_bits_of_training() {
     }
 }
 
+/// A source that decodes every tile into the scratch it is given.
+struct Decoding<'a>(&'a TiledKeyValues);
+
+impl KeyValueTiles for Decoding<'_> {
+    fn keys<'a>(&'a self, kv_head: usize, tile: usize, scratch: &'a mut [f32]) -> &'a [f32] {
+        scratch.copy_from_slice(self.0.keys(kv_head, tile, &mut []));
+        scratch
+    }
+
+    fn values<'a>(&'a self, kv_head: usize, tile: usize, scratch: &'a mut [f32]) -> &'a [f32] {
+        scratch.copy_from_slice(self.0.values(kv_head, tile, &mut []));
+        scratch
+    }
+}
+
+#[test]
+fn tiles_may_be_decoded_on_the_way() {
+    let inputs = Inputs::new(shape(1, 150, 4, 2, 18));
+    let mut cache = TiledKeyValues::new(2, 18);
+    cache.append(&inputs.k, &inputs.v);
+    let mut out = vec![9.0; inputs.q.len()];
+    attend_cached(4, 2, 18, inputs.scale, &inputs.q, 0, &Decoding(&cache), &mut out);
+    assert_eq!(out, inputs.forward().0);
+}
+
 #[test]
 fn truncated_caches_forget() {
     let inputs = Inputs::new(shape(1, 80, 2, 1, 8));

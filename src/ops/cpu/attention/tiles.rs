@@ -2,6 +2,7 @@
 //!
 //! A key tile is transposed, [head_dim, 64], so that scores of 64 keys come side by side; a value tile is [64, padded head_dim].
 
+use crate::multiversion;
 use crate::ops::cpu::reduce::LANES;
 
 /// Positions per tile. Tiles start at multiples of it, counted from the start of the sequence.
@@ -116,32 +117,65 @@ pub(super) struct HeadRows<'a> {
 }
 
 impl<'a> HeadRows<'a> {
+    #[inline(always)]
     pub(super) fn row(&self, row: usize) -> &'a [f32] {
         &self.data[row * self.width + self.first..][..self.head_dim]
     }
 
     /// Copies `rows` rows, times `factor`, to rows of the padded width, zeros in the padding.
     pub(super) fn pack_scaled(&self, rows: usize, factor: f32, out: &mut [f32]) {
-        for (row, out) in out.chunks_exact_mut(padded(self.head_dim)).take(rows).enumerate() {
-            let (used, padding) = out.split_at_mut(self.head_dim);
-            used.iter_mut().zip(self.row(row)).for_each(|(out, x)| *out = x * factor);
-            padding.fill(0.0);
-        }
+        copy_scaled(*self, rows, factor, out);
     }
 
     /// Writes `rows` rows as transposed tiles, [tile, head_dim, 64], zeros past the last row.
     pub(super) fn pack_transposed(&self, rows: usize, out: &mut [f32]) {
-        /// Dimensions per pass: the 16 lines being written stay in the first-level cache while 64 rows are read.
-        const SIDE: usize = 16;
         for (tile, out) in out.chunks_exact_mut(key_tile_len(self.head_dim)).take(rows.div_ceil(TILE)).enumerate() {
             let present = TILE.min(rows - tile * TILE);
-            for (block, out) in out.chunks_mut(SIDE * TILE).enumerate() {
-                for slot in 0..present {
-                    let row = &self.row(tile * TILE + slot)[block * SIDE..];
-                    out.chunks_exact_mut(TILE).zip(row).for_each(|(dimension, x)| dimension[slot] = *x);
+            transpose_tile(*self, tile * TILE, present, out);
+        }
+    }
+}
+
+multiversion! {
+    fn copy_scaled(source: HeadRows<'_>, rows: usize, factor: f32, out: &mut [f32]) {
+        for (row, out) in out.chunks_exact_mut(padded(source.head_dim)).take(rows).enumerate() {
+            let (used, padding) = out.split_at_mut(source.head_dim);
+            used.iter_mut().zip(source.row(row)).for_each(|(out, x)| *out = x * factor);
+            padding.fill(0.0);
+        }
+    }
+}
+
+multiversion! {
+    /// Writes `present` rows from `first` as the columns of a [head_dim, 64] tile.
+    fn transpose_tile(source: HeadRows<'_>, first: usize, present: usize, out: &mut [f32]) {
+        /// Dimensions and slots per pass, moved through a square that stays in registers or the nearest cache.
+        const SIDE: usize = 16;
+        let whole = source.head_dim / SIDE * SIDE;
+        for slot in (0..present).step_by(SIDE) {
+            let slots = SIDE.min(present - slot);
+            for dimension in (0..whole).step_by(SIDE) {
+                let mut square = [[0.0; SIDE]; SIDE];
+                for (row, line) in square.iter_mut().enumerate().take(slots) {
+                    line.copy_from_slice(&source.row(first + slot + row)[dimension..dimension + SIDE]);
                 }
-                out.chunks_exact_mut(TILE).for_each(|dimension| dimension[present..].fill(0.0));
+                for (column, out) in out[dimension * TILE..].chunks_exact_mut(TILE).take(SIDE).enumerate() {
+                    let line: [f32; SIDE] = std::array::from_fn(|row| square[row][column]);
+                    out[slot..slot + SIDE].copy_from_slice(&line);
+                }
+            }
+            for row in slot..slot + slots {
+                let rest = out.chunks_exact_mut(TILE).zip(source.row(first + row)).skip(whole);
+                rest.for_each(|(dimension, x)| dimension[row] = *x);
             }
         }
+        out.chunks_exact_mut(TILE).for_each(|dimension| dimension[present..].fill(0.0));
+    }
+}
+
+multiversion! {
+    /// The reverse of [`HeadRows::pack_scaled`] for one row: `out = source * factor`.
+    pub(super) fn write_scaled(source: &[f32], factor: f32, out: &mut [f32]) {
+        out.iter_mut().zip(source).for_each(|(out, x)| *out = x * factor);
     }
 }

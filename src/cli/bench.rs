@@ -1,0 +1,211 @@
+//! `osprey bench`: speed, measured as medians of whole steps.
+
+use super::arguments::{Bench, BenchTarget};
+use super::printer::Printer;
+use super::{Status, memory, start_threads, write_json};
+use crate::data::Batch;
+use crate::error::{Error, Result};
+use crate::model::{Decoder, GradientBuffers, Parameters, flops, init::initialize};
+use crate::ops::cpu::bench::{Measurement, Shape, dense, ternary};
+use crate::ops::rng::Stream;
+use crate::optim::{Optimizer, RuleName};
+use crate::recipe::{Recipe, load};
+use crate::train::step;
+use serde::Serialize;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Measures what was asked for.
+pub(super) fn run(command: &Bench, printer: &Printer) -> Result<Status> {
+    match command.what {
+        BenchTarget::Train => train(command, printer),
+        BenchTarget::Optim => optim(command, printer),
+        BenchTarget::Kernels => kernels(command, printer),
+        BenchTarget::Decode => super::decode::run(command, printer),
+    }
+}
+
+fn recipe(command: &Bench) -> Result<Recipe> {
+    let Some(path) = &command.input else {
+        return Err(Error::input("osprey bench", "no recipe was given").fix("for example: osprey bench train recipes/bench.toml"));
+    };
+    let recipe: Recipe = load(path, &command.overrides)?;
+    recipe.check()?;
+    start_threads(recipe.run.threads)?;
+    Ok(recipe)
+}
+
+/// A model of the recipe's shape with batches of random tokens: nothing but computation.
+struct Rig {
+    decoder: Decoder,
+    parameters: Parameters,
+    gradients: GradientBuffers,
+    recipe: Recipe,
+    stream: Stream,
+}
+
+impl Rig {
+    fn new(recipe: Recipe) -> Result<Self> {
+        let spec = recipe.model.resolve(0)?;
+        if spec.vocab == 0 {
+            return Err(Error::input("model.vocab", "is needed: a benchmark opens no tokenizer").fix("add --set model.vocab=8192"));
+        }
+        let parameters = initialize(&spec, recipe.run.seed, &candle_core::Device::Cpu)?;
+        let gradients = GradientBuffers::new(&parameters)?;
+        let decoder = Decoder::new(spec, recipe.model.activation_checkpointing);
+        Ok(Self { decoder, parameters, gradients, recipe, stream: Stream::new(1, "bench") })
+    }
+
+    fn batches(&mut self) -> Vec<Arc<Batch>> {
+        let (rows, context, vocab) = (self.recipe.train.batch, self.decoder.spec().context, self.decoder.spec().vocab as u64);
+        let mut batch = || {
+            let mut batch = Batch::padding(rows, context);
+            let mut token = || self.stream.below(vocab) as u32;
+            batch.inputs.iter_mut().chain(&mut batch.targets).for_each(|id| *id = token());
+            batch.weights.fill(1.0);
+            batch.document_starts.fill(0);
+            batch.positions.iter_mut().enumerate().for_each(|(at, position)| *position = (at % context) as u32);
+            Arc::new(batch)
+        };
+        (0..self.recipe.train.accumulate).map(|_| batch()).collect()
+    }
+
+    fn gradients(&mut self) -> Result<f64> {
+        let batches = self.batches();
+        step::gradients(&self.decoder, &self.parameters, &batches, self.recipe.train.z_loss, false, &mut self.gradients)
+    }
+
+    fn optimizer(&self, rule: RuleName) -> Result<Optimizer> {
+        let spec = self.decoder.spec();
+        let config = crate::optim::Config { rule, ..self.recipe.optim.clone() };
+        Optimizer::new(&config, &step::parameter_infos(&self.parameters, spec.heads, spec.kv_heads), self.recipe.train.steps.max(1000))
+    }
+
+    fn tokens(&self) -> usize {
+        self.recipe.train.batch * self.recipe.train.accumulate * self.decoder.spec().context
+    }
+}
+
+#[derive(Serialize)]
+struct TrainFigures {
+    parameters: usize,
+    tokens_per_step: usize,
+    tokens_per_second: f64,
+    step_milliseconds: f64,
+    forward_backward_milliseconds: f64,
+    gflops: f64,
+    /// Peak of the process less what it held before the model was made.
+    training_memory_bytes: Option<u64>,
+    loss: f64,
+}
+
+fn train(command: &Bench, printer: &Printer) -> Result<Status> {
+    let recipe = recipe(command)?;
+    let before = memory::resident();
+    let rule = recipe.optim.rule;
+    let mut rig = Rig::new(recipe)?;
+    let mut optimizer = rig.optimizer(rule)?;
+    let (mut whole, mut passes, mut loss) = (vec![], vec![], 0.0);
+    for number in 0..command.steps + 2 {
+        let start = Instant::now();
+        loss = rig.gradients()?;
+        let pass = start.elapsed();
+        step::update(&mut optimizer, number as u64, &rig.parameters, &rig.gradients, false)?;
+        if number >= 2 {
+            passes.push(pass);
+            whole.push(start.elapsed());
+        }
+    }
+    let (step_time, pass_time) = (median(whole), median(passes));
+    let tokens = rig.tokens();
+    let figures = TrainFigures {
+        parameters: rig.parameters.total(),
+        tokens_per_step: tokens,
+        tokens_per_second: tokens as f64 / step_time.as_secs_f64(),
+        step_milliseconds: step_time.as_secs_f64() * 1e3,
+        forward_backward_milliseconds: pass_time.as_secs_f64() * 1e3,
+        gflops: flops::training(rig.decoder.spec(), tokens) / step_time.as_secs_f64() / 1e9,
+        training_memory_bytes: before.zip(memory::resident()).map(|((before, _), (_, peak))| peak.saturating_sub(before)),
+        loss,
+    };
+    write_json(command.report.json.as_deref(), &figures)?;
+    let memory = figures.training_memory_bytes.map_or_else(|| "unknown".to_owned(), |bytes| format!("{:.0} MB", bytes as f64 / 1e6));
+    printer.data(format!(
+        "osprey {} {:?} params={:.1}M tok/s={:.0} ms/step={:.0} (forward+backward {:.0}) GFLOP/s={:.0} training memory {memory}",
+        rule.name(),
+        rig.decoder.spec().linear,
+        figures.parameters as f64 / 1e6,
+        figures.tokens_per_second,
+        figures.step_milliseconds,
+        figures.forward_backward_milliseconds,
+        figures.gflops,
+    ))?;
+    Ok(Status::Done)
+}
+
+fn median(mut times: Vec<Duration>) -> Duration {
+    times.sort();
+    times.get(times.len() / 2).copied().unwrap_or_default()
+}
+
+#[derive(Serialize)]
+struct RuleFigures {
+    rule: &'static str,
+    step_milliseconds: f64,
+    share_of_step: f64,
+}
+
+/// One update of each rule beside the forward and backward passes of the recipe's step.
+fn optim(command: &Bench, printer: &Printer) -> Result<Status> {
+    let mut rig = Rig::new(recipe(command)?)?;
+    rig.gradients()?;
+    let mut passes = vec![];
+    for _ in 0..command.steps.clamp(1, 3) {
+        let start = Instant::now();
+        rig.gradients()?;
+        passes.push(start.elapsed());
+    }
+    let pass = median(passes).as_secs_f64();
+    let mut figures = vec![];
+    for rule in RuleName::ALL {
+        let mut optimizer = rig.optimizer(rule)?;
+        let mut times = vec![];
+        for number in 0..=command.steps as u64 {
+            let start = Instant::now();
+            step::update(&mut optimizer, number, &rig.parameters, &rig.gradients, false)?;
+            times.push(start.elapsed().as_secs_f64());
+        }
+        // The mean, not the median: LionMuon's steps alternate between two costs. The first one also touches fresh memory.
+        let mean = times[1..].iter().sum::<f64>() / command.steps.max(1) as f64;
+        figures.push(RuleFigures { rule: rule.name(), step_milliseconds: mean * 1e3, share_of_step: mean / (mean + pass) });
+    }
+    write_json(command.report.json.as_deref(), &figures)?;
+    printer.data(format!("forward and backward: {:.0} ms for {} tokens", pass * 1e3, rig.tokens()))?;
+    let row = |f: &RuleFigures| vec![f.rule.to_owned(), format!("{:.1}", f.step_milliseconds), format!("{:.1}", f.share_of_step * 100.0)];
+    printer.table(&["rule", "ms per update", "% of step"], &figures.iter().map(row).collect::<Vec<_>>())?;
+    Ok(Status::Done)
+}
+
+/// Matrix products of the bench model and of decoding, dense and ternary.
+fn kernels(command: &Bench, printer: &Printer) -> Result<Status> {
+    start_threads(None)?;
+    let shapes = [(4096, 384, 384), (4096, 384, 1024), (4096, 1024, 384), (256, 384, 8192), (1, 768, 2048), (1, 2048, 8192)];
+    let budget = Duration::from_millis(300);
+    let mut all: Vec<Measurement> = vec![];
+    rayon::scope(|_| {
+        for (m, k, n) in shapes {
+            all.extend(dense(Shape { m, k, n }, budget));
+            all.extend(ternary(Shape { m, k, n }, budget));
+        }
+    });
+    write_json(command.report.json.as_deref(), &all)?;
+    let row = |one: &Measurement| {
+        let Shape { m, k, n } = one.shape;
+        let numbers = [one.seconds * 1e6, one.gflops, one.gbytes_per_second];
+        let mut row = vec![one.name.to_owned(), format!("{m} x {k} x {n}")];
+        row.extend(numbers.map(|value| format!("{value:.1}")));
+        row
+    };
+    printer.table(&["kernel", "m x k x n", "us", "GFLOP/s", "GB/s"], &all.iter().map(row).collect::<Vec<_>>())?;
+    Ok(Status::Done)
+}

@@ -1,0 +1,20 @@
+//! `osprey data`.
+
+use super::arguments::RecipeOnly;
+use super::printer::Printer;
+use super::{Status, start_threads, write_json};
+use crate::data::report;
+use crate::error::Result;
+use crate::recipe::{Recipe, assemble, load};
+
+/// Builds the shards and shows what the first batch contains.
+pub(super) fn run(command: &RecipeOnly, printer: &Printer) -> Result<Status> {
+    let recipe: Recipe = load(&command.recipe.recipe, &command.recipe.overrides)?;
+    start_threads(recipe.run.threads)?;
+    let assembled = assemble(recipe, &command.recipe.recipe, candle_core::Device::Cpu, &mut |text| printer.note(text))?;
+    let (rows, context) = (assembled.recipe.train.batch, assembled.setup.spec.context);
+    let found = report(&assembled.dataset, rows, context, assembled.setup.seed, 4)?;
+    write_json(command.report.json.as_deref(), &found)?;
+    printer.data(found.to_string())?;
+    Ok(Status::Done)
+}

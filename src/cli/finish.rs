@@ -1,0 +1,123 @@
+//! What `osprey train` does after the last step: export, run what was exported, compare, and show a sample.
+
+use super::printer::Printer;
+use super::{Status, export, generate, model, write_json};
+use crate::data::config::SourceConfig;
+use crate::data::{builtin, skill_probes};
+use crate::error::{Error, Result};
+use crate::export::Target;
+use crate::infer::Engine;
+use crate::infer::sampler::Config;
+use crate::recipe::Assembled;
+use crate::train::Outcome;
+use crate::validate::{Document, Options, Report, Verdict, compare};
+use serde::Serialize;
+use std::path::{Path, PathBuf};
+
+/// The seed of probes: no training document has it.
+const PROBE_SEED: u64 = u64::MAX;
+
+#[derive(Serialize)]
+struct Finished {
+    step: u64,
+    checkpoint: PathBuf,
+    val_loss: Option<f64>,
+    val_loss_quantized: Option<f64>,
+    kurtosis_mean: Option<f64>,
+    data_wait_fraction: f64,
+    artifacts: Vec<Report>,
+}
+
+/// Exports and validates as the recipe asks.
+pub(super) fn run(assembled: &Assembled, outcome: &Outcome, json: Option<&Path>, printer: &Printer) -> Result<Status> {
+    let folder = assembled.setup.run_dir.join("export");
+    let mut reports = vec![];
+    show_training(outcome, printer)?;
+    for target in assembled.recipe.export.targets()? {
+        let path = place(&folder, target)?;
+        export::show(&export::artifact(&outcome.checkpoint, target, &path)?, printer)?;
+        if let Some(report) = validate(assembled, &outcome.checkpoint, &path)? {
+            model::show(&report, printer)?;
+            reports.push(report);
+        }
+    }
+    sample(assembled, &folder, outcome, printer)?;
+    let evaluation = outcome.evaluation.as_ref();
+    let finished = Finished {
+        step: outcome.step,
+        checkpoint: outcome.checkpoint.clone(),
+        val_loss: evaluation.map(|e| e.loss),
+        val_loss_quantized: evaluation.map(|e| e.loss_quantized),
+        kurtosis_mean: evaluation.map(|e| e.statistics.kurtosis_mean()),
+        data_wait_fraction: outcome.data_wait_fraction,
+        artifacts: reports,
+    };
+    write_json(json, &finished)?;
+    let passed = finished.artifacts.iter().all(|report| report.verdict == Verdict::Pass);
+    Ok(if passed { Status::Done } else { Status::FellShort })
+}
+
+fn show_training(outcome: &Outcome, printer: &Printer) -> Result<()> {
+    printer.data(format!("step {}: {}", outcome.step, outcome.checkpoint.display()))?;
+    let Some(found) = &outcome.evaluation else { return Ok(()) };
+    let statistics = &found.statistics;
+    printer.data(format!("held-out loss {:.4} nats per token, quantized as deployed {:.4}", found.loss, found.loss_quantized))?;
+    let layers = statistics.stream_kurtosis().iter().map(|k| format!("{k:.2}")).collect::<Vec<_>>().join(" ");
+    printer.data(format!("excess kurtosis of the stream {:.3} (by layer: {layers})", statistics.kurtosis_mean()))?;
+    printer.data(format!(
+        "largest activation {:.1}; largest max/rms at the inputs of output and down projections {:.1}{}",
+        statistics.largest_in_stream(),
+        statistics.largest_ratio_inside(),
+        found.zero_fraction.map_or_else(String::new, |zeros| format!("; {:.1}% of ternary codes are zero", zeros * 100.0)),
+    ))?;
+    if outcome.data_wait_fraction >= 0.01 {
+        printer.warn(format!("training waited for data {:.1}% of the time", outcome.data_wait_fraction * 100.0));
+    }
+    Ok(())
+}
+
+/// `RUN/export/FORMAT` or `RUN/export/FORMAT.gguf`, its folder made, an older artifact of the same name removed.
+fn place(folder: &Path, target: Target) -> Result<PathBuf> {
+    std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
+    let path = place_of(folder, target);
+    if path.is_dir() {
+        std::fs::remove_dir_all(&path).map_err(Error::io("remove", &path))?;
+    }
+    Ok(path)
+}
+
+fn validate(assembled: &Assembled, checkpoint: &Path, path: &Path) -> Result<Option<Report>> {
+    let documents = held_out(assembled);
+    if documents.is_empty() {
+        return Ok(None);
+    }
+    let (artifact, reference) = (Engine::load(path)?, Engine::load(checkpoint)?);
+    let probes = builtin_source(assembled).map(|config| skill_probes(config, PROBE_SEED, assembled.recipe.validate.probes)).unwrap_or_default();
+    let options = Options { worst: 10, probes, ..Options::default() };
+    compare(&artifact, &reference, &documents, &options, |_| ()).map(Some)
+}
+
+fn builtin_source(assembled: &Assembled) -> Option<&builtin::Config> {
+    assembled.recipe.data.sources.iter().find_map(|source| if let SourceConfig::Builtin(config) = source { Some(config) } else { None })
+}
+
+/// The first held-out documents, as many as the recipe asks for, cut to the context.
+fn held_out(assembled: &Assembled) -> Vec<Document> {
+    let wanted = assembled.recipe.validate.documents;
+    let context = assembled.setup.spec.context;
+    assembled.dataset.held_out_documents(wanted).into_iter().filter_map(|ids| Document::from_ids(ids, context, &assembled.dataset.tokenizer)).collect()
+}
+
+fn sample(assembled: &Assembled, folder: &Path, outcome: &Outcome, printer: &Printer) -> Result<()> {
+    let Some(prompt) = &assembled.recipe.validate.sample else { return Ok(()) };
+    let first = assembled.recipe.export.targets()?.first().map(|&target| place_of(folder, target));
+    let engine = Engine::load(first.as_deref().unwrap_or(&outcome.checkpoint))?;
+    printer.data("sample:")?;
+    let config = Config { temperature: 0.7, top_k: 0, top_p: 1.0, min_p: 0.05, seed: assembled.setup.seed };
+    generate::stream(&engine, prompt, config, assembled.recipe.validate.sample_tokens, printer)
+}
+
+fn place_of(folder: &Path, target: Target) -> PathBuf {
+    let name = target.name();
+    folder.join(name.strip_prefix("gguf-").map_or_else(|| name.to_owned(), |format| format!("model-{format}.gguf")))
+}

@@ -1,0 +1,37 @@
+//! `osprey generate`.
+
+use super::arguments::Generate;
+use super::printer::Printer;
+use super::{Status, start_threads};
+use crate::error::Result;
+use crate::infer::generate::{Generation, prompt_ids};
+use crate::infer::kv::Format;
+use crate::infer::sampler::Config;
+use crate::infer::{Engine, Session};
+
+/// Streams the continuation of the prompt.
+pub(super) fn run(command: &Generate, printer: &Printer) -> Result<Status> {
+    start_threads(None)?;
+    let engine = Engine::load(&command.model)?;
+    let config = Config {
+        temperature: f64::from(command.temperature),
+        top_k: command.top_k,
+        top_p: f64::from(command.top_p),
+        min_p: f64::from(command.min_p),
+        seed: command.seed,
+    };
+    stream(&engine, &command.prompt, config, command.max_tokens, printer)?;
+    Ok(Status::Done)
+}
+
+/// Prints the prompt and its continuation as it comes.
+pub(super) fn stream(engine: &Engine, prompt: &str, config: Config, most: usize, printer: &Printer) -> Result<()> {
+    let ids = prompt_ids(engine.tokenizer()?, prompt)?;
+    let room = (ids.len() + most).min(engine.spec().context);
+    let mut session = Session::new(engine, Format::default(), room.max(ids.len()))?;
+    printer.stream(prompt)?;
+    for piece in Generation::new(&mut session, &ids, config, most)? {
+        printer.stream(&piece?)?;
+    }
+    printer.stream("\n")
+}

@@ -1,0 +1,171 @@
+//! Training batches in an order that is a pure function of (data, seed, row): any batch size, accumulation split or rank count sees
+//! the same rows in the same order.
+//!
+//! Row g comes from the source that the mixture deals to it, as the k-th row of that source: its pairs `k * context` on
+//! ([`Order::Packed`]), or `context` pairs from a random place ([`Order::Crops`]). With R ranks of B rows, micro-batch m of rank r
+//! holds rows (m R + r) B to (m R + r + 1) B - 1, counted from the cursor.
+
+use super::config::Order;
+use super::dataset::Dataset;
+use super::mix::Mixture;
+use super::pack::{Batch, Stream};
+use super::random::Random;
+use crate::error::{Error, Result};
+use serde::{Deserialize, Serialize};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// Makes any row of the training order.
+#[derive(Debug)]
+pub struct Rows {
+    mixture: Mixture,
+    streams: Vec<Stream>,
+    order: Order,
+    seed: u64,
+    context: usize,
+}
+
+impl Rows {
+    /// Rows of `context` tokens of `dataset` in the order of `seed`.
+    pub fn new(dataset: &Dataset, context: usize, seed: u64) -> Result<Self> {
+        let stream = |(at, part): (usize, &super::dataset::Part)| match dataset.order {
+            Order::Packed => Stream::shuffled(part.shard.clone(), dataset.rules(), seed, at),
+            Order::Crops => Stream::stored(part.shard.clone(), dataset.rules()),
+        };
+        let streams: Vec<Stream> = dataset.train.iter().enumerate().map(stream).collect();
+        if context == 0 || context > u32::MAX as usize {
+            return Err(Error::input("model.context", format!("a context of {context} tokens cannot be filled")));
+        }
+        for (stream, part) in streams.iter().zip(&dataset.train) {
+            if stream.pairs() < context as u64 {
+                return Err(Error::input(
+                    &part.name,
+                    format!("the whole source has {} tokens to predict, fewer than one row of {context}", stream.pairs()),
+                )
+                .fix("give more text or a shorter model.context"));
+            }
+        }
+        let shares: Vec<f64> = dataset.train.iter().map(|part| part.share).collect();
+        Ok(Self { mixture: Mixture::new(seed, &shares)?, streams, order: dataset.order, seed, context })
+    }
+
+    /// The index of the source that row `row` comes from.
+    pub fn source_of(&mut self, row: u64) -> usize {
+        self.mixture.locate(row).0
+    }
+
+    /// Rows `first..first + rows`.
+    pub fn batch(&mut self, first: u64, rows: usize) -> Batch {
+        let mut batch = Batch::padding(rows, self.context);
+        for row in 0..rows {
+            let (source, index) = self.mixture.locate(first + row as u64);
+            let stream = &mut self.streams[source];
+            let pair = match self.order {
+                Order::Packed => index * self.context as u64,
+                Order::Crops => {
+                    let places = stream.pairs() - self.context as u64 + 1;
+                    Random::new(self.seed, &format!("crops {source}"), index).below(places)
+                }
+            };
+            stream.fill(pair, &mut batch, row);
+            batch.sources[row] = source as u32;
+        }
+        batch
+    }
+}
+
+/// Which rows one process takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shape {
+    /// Rows of a micro-batch on one rank.
+    pub rows: usize,
+    pub context: usize,
+    pub rank: usize,
+    pub ranks: usize,
+}
+
+/// Where the order stands: everything a checkpoint needs to go on with the very next row.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Cursor {
+    /// Rows that all ranks have used.
+    pub row: u64,
+    /// Of the data and its order.
+    pub fingerprint: String,
+}
+
+/// Prepares batches ahead on a thread of its own.
+#[derive(Debug)]
+pub struct Loader {
+    batches: Option<Receiver<Batch>>,
+    thread: Option<JoinHandle<()>>,
+    cursor: Cursor,
+    shape: Shape,
+    waited: Duration,
+}
+
+impl Loader {
+    /// Starts at the first row, or goes on at `cursor`, which must be of the same data, seed and context.
+    pub fn start(dataset: &Dataset, shape: Shape, seed: u64, cursor: Option<&Cursor>) -> Result<Self> {
+        let mut rows = Rows::new(dataset, shape.context, seed)?;
+        let fingerprint = format!("{} seed {seed} context {}", dataset.fingerprint(), shape.context);
+        if let Some(cursor) = cursor.filter(|cursor| cursor.fingerprint != fingerprint) {
+            return Err(Error::input(
+                "data",
+                format!("the checkpoint stopped within other data ({} there, {fingerprint} here)", cursor.fingerprint),
+            )
+            .fix("give the data, seed and context of the run, or start anew with --resume never"));
+        }
+        if shape.rows == 0 || shape.rank >= shape.ranks {
+            return Err(Error::input(
+                "train.batch",
+                format!("{} rows on rank {} of {} make no batch", shape.rows, shape.rank, shape.ranks),
+            ));
+        }
+        let start = cursor.map_or(0, |cursor| cursor.row);
+        let (sender, batches) = sync_channel(dataset.prefetch);
+        let work = move || {
+            let mut first = start + (shape.rank * shape.rows) as u64;
+            // The receiver hangs up when the loader is dropped.
+            while sender.send(rows.batch(first, shape.rows)).is_ok() {
+                first += (shape.ranks * shape.rows) as u64;
+            }
+        };
+        let thread =
+            std::thread::Builder::new().name("loader".into()).spawn(work).map_err(Error::io("start a thread for", "the loader"))?;
+        Ok(Self { batches: Some(batches), thread: Some(thread), cursor: Cursor { row: start, fingerprint }, shape, waited: Duration::ZERO })
+    }
+
+    /// The next micro-batch of this rank.
+    pub fn next_batch(&mut self) -> Result<Arc<Batch>> {
+        let begin = Instant::now();
+        let receiver = self.batches.as_ref().expect("open until dropped");
+        let batch = receiver
+            .recv()
+            .map_err(|_| Error::input("data", "the loader thread stopped").fix("look for a shard file that was changed during the run"))?;
+        self.waited += begin.elapsed();
+        self.cursor.row += (self.shape.ranks * self.shape.rows) as u64;
+        Ok(Arc::new(batch))
+    }
+
+    /// After the batches handed out so far.
+    pub fn cursor(&self) -> &Cursor {
+        &self.cursor
+    }
+
+    /// Time spent waiting for batches, in all.
+    pub fn waited(&self) -> Duration {
+        self.waited
+    }
+}
+
+impl Drop for Loader {
+    fn drop(&mut self) {
+        drop(self.batches.take());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}

@@ -1,0 +1,108 @@
+//! From a recipe to a run: opens the data, resolves the model, and gathers what the training loop needs.
+
+use super::{Recipe, to_toml};
+use crate::data::{Batch, Cursor, Dataset, Loader};
+use crate::data::loader::Shape;
+use crate::error::{Error, Result};
+use crate::export::config::SpecialIds;
+use crate::train::{Feed, Setup};
+use candle_core::Device;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// A recipe whose data is open and whose model is resolved.
+pub struct Assembled {
+    pub recipe: Recipe,
+    pub dataset: Dataset,
+    pub setup: Setup,
+}
+
+impl Recipe {
+    /// Refuses values that no stage can use; what depends on data or on other stages is checked by [`assemble`].
+    pub fn check(&self) -> Result<()> {
+        self.run.check()?;
+        self.train.check()?;
+        self.optim.check(self.train.steps)?;
+        self.export.targets()?;
+        Ok(())
+    }
+}
+
+/// Opens the data (building shards on the first use), resolves the model and checks that every export the recipe asks for is possible.
+/// `notes` hears what takes time.
+pub fn assemble(recipe: Recipe, recipe_path: &Path, device: Device, notes: &mut dyn FnMut(&str)) -> Result<Assembled> {
+    recipe.check()?;
+    let folder = recipe_path.parent().unwrap_or(Path::new("."));
+    let dataset = Dataset::open(&recipe.data, folder, notes)?;
+    let spec = recipe.model.resolve(dataset.tokenizer.vocabulary())?;
+    for target in recipe.export.targets()? {
+        crate::export::plan::plan(&spec, target)?;
+    }
+    let setup = Setup {
+        activation_checkpointing: recipe.model.activation_checkpointing,
+        train: recipe.train.clone(),
+        eval: recipe.eval.clone(),
+        optim: recipe.optim.clone(),
+        checkpoint: recipe.checkpoint.clone(),
+        run_dir: PathBuf::from(&recipe.run.dir),
+        seed: recipe.run.seed,
+        threads: rayon::current_num_threads(),
+        reference: !device.is_cpu(),
+        device,
+        recipe: to_toml(&recipe)?,
+        special_ids: SpecialIds { bos: dataset.tokenizer.bos(), eos: dataset.tokenizer.eos() },
+        tokenizer_files: dataset.tokenizer.files(),
+        spec,
+    };
+    Ok(Assembled { recipe, dataset, setup })
+}
+
+impl Assembled {
+    /// Training batches from the start, or from where a checkpoint stopped.
+    pub fn feed(&self, cursor: Option<&Cursor>) -> Result<Batches> {
+        let shape = Shape { rows: self.recipe.train.batch, context: self.setup.spec.context, rank: 0, ranks: 1 };
+        let loader = Loader::start(&self.dataset, shape, self.recipe.run.seed, cursor)?;
+        Ok(Batches { loader, accumulate: self.recipe.train.accumulate })
+    }
+
+    /// Held-out batches, the same at every evaluation.
+    pub fn validation(&self) -> Vec<Arc<Batch>> {
+        let most = (self.recipe.eval.rows > 0).then_some(self.recipe.eval.rows);
+        self.dataset.validation_batches(self.recipe.train.batch, self.setup.spec.context, most)
+    }
+}
+
+/// The loader as the training loop sees it.
+pub struct Batches {
+    loader: Loader,
+    accumulate: usize,
+}
+
+impl Feed for Batches {
+    fn next(&mut self, _step: u64) -> Result<Vec<Arc<Batch>>> {
+        (0..self.accumulate).map(|_| self.loader.next_batch()).collect()
+    }
+
+    fn waited(&self) -> Duration {
+        self.loader.waited()
+    }
+
+    fn cursor(&self) -> Cursor {
+        self.loader.cursor().clone()
+    }
+}
+
+/// The device called `name`: `cpu` or `cuda:N`.
+pub fn device(name: &str) -> Result<Device> {
+    if name == "cpu" {
+        return Ok(Device::Cpu);
+    }
+    let Some(ordinal) = name.strip_prefix("cuda:").and_then(|n| n.parse().ok()) else {
+        return Err(Error::input("--device", format!("there is no device `{name}`")).fix("give cpu or cuda:N"));
+    };
+    if !cfg!(feature = "cuda") {
+        return Err(Error::input("--device", "this osprey was built without CUDA").fix("build with `cargo build --release --features cuda`"));
+    }
+    Device::new_cuda(ordinal).map_err(|error| Error::input("--device", format!("{name} cannot be opened: {error}")))
+}

@@ -1,0 +1,41 @@
+//! `[export]` and `[validate]` of a recipe: what happens when training is done.
+
+use crate::error::{Error, Result};
+use crate::export::Target;
+use serde::{Deserialize, Serialize};
+
+/// Artifacts to write from the last checkpoint, into `RUN/export/`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ExportConfig {
+    /// Names as of `osprey export --format`.
+    pub formats: Vec<String>,
+}
+
+impl ExportConfig {
+    /// The formats, checked.
+    pub fn targets(&self) -> Result<Vec<Target>> {
+        self.formats.iter().map(|name| Target::from_name(name).map_err(|error| Error::input("export.formats", error))).collect()
+    }
+}
+
+/// What each artifact is put through.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ValidateConfig {
+    /// Held-out documents to compare on; 0 skips validation.
+    pub documents: usize,
+    /// Questions per skill of the built-in corpus, where the recipe trains on it; 0 asks none.
+    pub probes: usize,
+    /// Prompt of the printed sample; absent prints none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sample: Option<String>,
+    /// Length of the sample.
+    pub sample_tokens: usize,
+}
+
+impl Default for ValidateConfig {
+    fn default() -> Self {
+        Self { documents: 0, probes: 0, sample: None, sample_tokens: 120 }
+    }
+}
