@@ -12,9 +12,6 @@ mod report;
 mod rows;
 mod skills;
 
-#[cfg(test)]
-mod scratch;
-
 pub use compare::{Options, compare};
 pub use documents::{Document, Protocol};
 pub use evaluate::{Evaluation, evaluate};
