@@ -1,6 +1,7 @@
 //! The one error type. A user's mistake carries its place, its cause and the fix, and ends the program with exit code 2;
 //! a failed tensor operation is a bug of ours.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 /// Result with Osprey's [`Error`].
@@ -50,7 +51,8 @@ impl Error {
     pub fn hint(&self) -> Option<&str> {
         match self {
             Self::Input { fix, .. } => fix.as_deref(),
-            Self::Io { .. } | Self::Tensor(_) => None,
+            Self::Io { source, .. } => advice(source.kind()),
+            Self::Tensor(_) => Some("this is a defect of Osprey: please report it with the command that caused it"),
         }
     }
 
@@ -60,5 +62,16 @@ impl Error {
             Self::Input { .. } | Self::Io { .. } => 2,
             Self::Tensor(_) => 101,
         }
+    }
+}
+
+/// What to do about a refusal of the operating system.
+fn advice(kind: ErrorKind) -> Option<&'static str> {
+    match kind {
+        ErrorKind::NotFound | ErrorKind::NotADirectory | ErrorKind::IsADirectory => Some("check the path"),
+        ErrorKind::AlreadyExists => Some("choose another path, or move away what is there"),
+        ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => Some("change its permissions, or choose a path you may use"),
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge => Some("free space, or choose a path on another disk"),
+        _ => None,
     }
 }

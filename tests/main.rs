@@ -1,4 +1,9 @@
 //! Tests across modules, one binary.
 
+mod cli;
+mod formats;
+mod golden;
 mod layering;
 mod parity;
+mod resume;
+mod support;

@@ -93,12 +93,14 @@ impl Manifest {
     pub fn read(dir: &Path) -> Result<Self> {
         let path = dir.join(MANIFEST);
         let file = File::open(&path).map_err(|error| match error.kind() {
-            std::io::ErrorKind::NotFound => Error::file(&path, "is missing, so this is no complete Osprey checkpoint"),
+            std::io::ErrorKind::NotFound => {
+                Error::file(&path, "is missing, so this is no complete Osprey checkpoint").fix("name a step-NNNNNN folder of a run")
+            }
             _ => Error::io("read", &path)(error),
         })?;
         let mut bytes = Vec::new();
         file.take(MAX_BYTES + 1).read_to_end(&mut bytes).map_err(Error::io("read", &path))?;
-        Self::parse(&bytes).map_err(|cause| Error::file(&path, cause))
+        Self::parse(&bytes).map_err(|cause| Error::file(&path, cause).fix("use an earlier checkpoint"))
     }
 
     fn parse(bytes: &[u8]) -> Result<Self, String> {

@@ -143,7 +143,7 @@ impl Checkpoint {
         let Some((entry, index, chunk)) = damaged else { return Ok(()) };
         let start = index * CHUNK_BYTES;
         let cause = format!("is damaged: bytes {start} to {} do not fit their hash", start + chunk.len());
-        Err(Error::file(&self.dir.join(&entry.name), cause).fix("resume from an earlier checkpoint"))
+        Err(Error::file(&self.dir.join(&entry.name), cause).fix("use an earlier checkpoint"))
     }
 
     fn chunks<'a>(&'a self, entry: &'a Entry) -> impl Iterator<Item = (&'a Entry, usize, &'a [u8])> {
@@ -165,13 +165,13 @@ impl Mapped {
 /// Maps the file of `entry` after its length and number of hashes are checked.
 fn map(path: &Path, entry: &Entry) -> Result<Mapped> {
     let file = File::open(path).map_err(|error| match error.kind() {
-        std::io::ErrorKind::NotFound => Error::file(path, "is missing from its checkpoint").fix("resume from an earlier checkpoint"),
+        std::io::ErrorKind::NotFound => Error::file(path, "is missing from its checkpoint").fix("use an earlier checkpoint"),
         _ => Error::io("read", path)(error),
     })?;
     let metadata = file.metadata().map_err(Error::io("read", path))?;
     if !metadata.is_file() || metadata.len() != entry.bytes {
         let cause = format!("has {} bytes, the manifest says {}: it is truncated or damaged", metadata.len(), entry.bytes);
-        return Err(Error::file(path, cause).fix("resume from an earlier checkpoint"));
+        return Err(Error::file(path, cause).fix("use an earlier checkpoint"));
     }
     if entry.xxh3.len() as u64 != entry.bytes.div_ceil(CHUNK_BYTES as u64) {
         return Err(Error::file(

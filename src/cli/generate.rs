@@ -26,8 +26,9 @@ pub(super) fn run(command: &Generate, printer: &Printer) -> Result<Status> {
 
 /// Prints the prompt and its continuation as it comes.
 pub(super) fn stream(engine: &Engine, prompt: &str, config: Config, most: usize, printer: &Printer) -> Result<()> {
+    config.check()?;
     let ids = prompt_ids(engine.tokenizer()?, prompt)?;
-    let room = (ids.len() + most).min(engine.spec().context);
+    let room = ids.len().saturating_add(most).min(engine.spec().context);
     let mut session = Session::new(engine, Format::default(), room.max(ids.len()))?;
     printer.stream(prompt)?;
     for piece in Generation::new(&mut session, &ids, config, most)? {

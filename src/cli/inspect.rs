@@ -19,7 +19,7 @@ pub(super) fn run(command: &Inspect, printer: &Printer) -> Result<Status> {
     if path.join("metrics.jsonl").is_file() {
         return inspect_run(command, printer);
     }
-    if path.extension().is_some_and(|extension| extension == "shard") {
+    if path.extension().is_some_and(|extension| extension == Shard::ENDING) {
         return inspect_shard(command, printer);
     }
     inspect_model(command, printer)

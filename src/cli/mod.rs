@@ -36,6 +36,7 @@ enum Status {
 pub fn main() -> ExitCode {
     let arguments = Arguments::parse();
     keep_memory();
+    refuse_large_files_with_an_error();
     let mut printer = Printer::new(arguments.quiet);
     let result = match arguments.command {
         Command::Train(command) => train::run(command, &mut printer),
@@ -67,6 +68,15 @@ fn keep_memory() {
     unsafe {
         libc::mallopt(libc::M_MMAP_THRESHOLD, 1 << 30);
         libc::mallopt(libc::M_TRIM_THRESHOLD, 1 << 30);
+    }
+}
+
+/// A write beyond the limit on file sizes (`ulimit -f`) fails like one on a full disk; by default the system ends the program without a word.
+fn refuse_large_files_with_an_error() {
+    #[cfg(unix)]
+    // SAFETY: only changes what one signal does, before any other thread exists.
+    unsafe {
+        libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
     }
 }
 

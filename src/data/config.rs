@@ -262,8 +262,12 @@ pub(super) fn find(path: &Path, recipe_folder: &Path) -> Result<PathBuf> {
     if beside.exists() {
         return Ok(beside);
     }
-    let place = if path.is_absolute() { "there".into() } else { format!("in the working directory or in {}", recipe_folder.display()) };
-    Err(Error::file(path, format!("no such file or folder {place}"))
+    let place = match path.is_absolute() {
+        true => String::new(),
+        false if recipe_folder.as_os_str().is_empty() => " in the working directory".to_owned(),
+        false => format!(" in the working directory or in {}", recipe_folder.display()),
+    };
+    Err(Error::file(path, format!("no such file or folder{place}"))
         .fix("correct the path in the recipe, or give another with --set data.path=..."))
 }
 

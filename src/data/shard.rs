@@ -114,6 +114,9 @@ pub struct Shard {
 }
 
 impl Shard {
+    /// Ending of the files' names.
+    pub const ENDING: &str = "tokens";
+
     /// Maps the file at `path` and checks all of it: sizes, order of the document ends, hashes, every token below the vocabulary.
     pub fn open(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(Error::io("open", path))?;

@@ -87,9 +87,9 @@ pub fn config_json(spec: &Spec, ids: SpecialIds) -> Value {
 /// # Errors
 /// When the text is not a configuration, or describes something that [`Spec`] cannot.
 pub fn read_config(text: &str, path: &Path) -> Result<(Spec, SpecialIds)> {
-    let value: Value = serde_json::from_str(text).map_err(|error| Error::file(path, format!("is not JSON: {error}")))?;
+    let value: Value = serde_json::from_str(text).map_err(|error| Error::file(path, format!("is not JSON: {error}")).fix("copy or download it again"))?;
     let Value::Object(map) = value else {
-        return Err(Error::file(path, "is not a JSON object"));
+        return Err(Error::file(path, "is not a JSON object").fix("copy or download it again"));
     };
     let config = Config { map: &map, path };
     let spec = match map.get("osprey") {
@@ -117,10 +117,10 @@ pub fn check_spec(spec: &Spec, place: &str) -> Result<()> {
     ];
     for (key, value, most) in sizes {
         if value == 0 || value > most {
-            return Err(Error::input(place, format!("{key} is {value}; 1 to {most} are possible")));
+            return Err(Error::input(place, format!("{key} is {value}; 1 to {most} are possible")).fix("give sizes of a real model"));
         }
     }
-    let refuse = |cause: String| Err(Error::input(place, cause));
+    let refuse = |cause: String| Err(Error::input(place, cause).fix("give sizes of a real model"));
     if !spec.heads.is_multiple_of(spec.kv_heads) {
         return refuse(format!("{} attention heads cannot share {} key-value heads", spec.heads, spec.kv_heads));
     }
@@ -147,8 +147,13 @@ struct Config<'a> {
 }
 
 impl Config<'_> {
+    /// The model is one that [`Spec`] cannot express.
+    fn unsupported<T>(&self, cause: impl ToString) -> Result<T> {
+        Err(Error::file(self.path, cause).fix("choose a model without it: this one would be run wrongly"))
+    }
+
     fn refuse<T>(&self, cause: impl ToString) -> Result<T> {
-        Err(Error::file(self.path, cause))
+        Err(Error::file(self.path, cause).fix("use the config.json that came with the weights"))
     }
 
     /// The exact spec Osprey wrote, provided nobody changed the file's other keys since.
@@ -215,20 +220,20 @@ impl Config<'_> {
     fn refuse_unsupported(&self) -> Result<()> {
         for key in ["attention_bias", "mlp_bias", "use_sliding_window"] {
             if self.flag(key)? == Some(true) {
-                return self.refuse(format!("{key} is true, which is not supported"));
+                return self.unsupported(format!("{key} is true, which is not supported"));
             }
         }
         if let Some(factor) = self.number("partial_rotary_factor")?
             && factor != 1.0
         {
-            return self.refuse(format!("partial_rotary_factor is {factor}, only 1 is supported"));
+            return self.unsupported(format!("partial_rotary_factor is {factor}, only 1 is supported"));
         }
         for key in ["rope_scaling", "rope_parameters"] {
             let kind = self.map.get(key).and_then(|rope| rope.get("rope_type").or_else(|| rope.get("type")));
             if let Some(kind) = kind
                 && kind.as_str() != Some("default")
             {
-                return self.refuse(format!("{key} is of the type {kind}, only unscaled rotary positions are supported"));
+                return self.unsupported(format!("{key} is of the type {kind}, only unscaled rotary positions are supported"));
             }
         }
         Ok(())
@@ -251,7 +256,7 @@ impl Config<'_> {
             None if model_type == "bitnet" => Ok(Activation::Relu2Glu),
             None | Some("silu" | "swish") => Ok(Activation::SwiGlu),
             Some("relu2") => Ok(Activation::Relu2Glu),
-            Some(other) => self.refuse(format!("hidden_act is \"{other}\"; silu and relu2 are supported")),
+            Some(other) => self.unsupported(format!("hidden_act is \"{other}\"; silu and relu2 are supported")),
         }
     }
 

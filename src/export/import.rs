@@ -13,6 +13,7 @@ use super::names::{Architecture, deinterleave, gguf_name, is_block_matrix, rotar
 use super::parameter::Parameter;
 use super::ternary::TernaryWeights;
 use super::{Weights, safetensors_dir, tokenizer_gguf};
+use crate::checkpoint;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use crate::model::{Activation, LinearKind, Norm, Spec};
@@ -59,12 +60,23 @@ pub fn load_any(path: &Path) -> Result<Loaded> {
 
 fn load_directory(folder: &Path) -> Result<Loaded> {
     if !folder.join("config.json").is_file() {
-        return Err(Error::file(folder, "has no config.json").fix("give a directory that holds config.json and model.safetensors"));
+        return Err(Error::file(folder, "has no config.json").fix(what_to_name(folder)));
+    }
+    if folder.join(checkpoint::MANIFEST).is_file() {
+        checkpoint::open(folder)?;
     }
     let directory = safetensors_dir::read(folder)?;
     let tokenizer = if folder.join("tokenizer.json").is_file() { Some(Tokenizer::load(folder)?) } else { None };
     check_tokenizer(tokenizer.as_ref(), &directory.spec, folder)?;
     Ok(Loaded { spec: directory.spec, parameters: directory.parameters, tokenizer, ternary: TernaryWeights::Master })
+}
+
+/// Advice on a folder that is no model: a run's folder holds models.
+fn what_to_name(folder: &Path) -> String {
+    match checkpoint::list(folder).ok().and_then(|mut all| all.pop()) {
+        Some((_, newest)) => format!("this is the folder of a run; name one of its checkpoints, such as {}", newest.display()),
+        None => "give a directory that holds config.json and model.safetensors".to_owned(),
+    }
 }
 
 fn load_gguf(path: &Path) -> Result<Loaded> {
@@ -88,7 +100,7 @@ fn load_gguf(path: &Path) -> Result<Loaded> {
 
 fn architecture(file: &GgufFile) -> Result<Architecture> {
     let name = file.metadata.get("general.architecture").and_then(Value::as_str);
-    let name = name.ok_or_else(|| Error::file(&file.path, "has no general.architecture"))?;
+    let name = name.ok_or_else(|| Error::file(&file.path, "has no general.architecture").fix("give a GGUF file that holds a model"))?;
     Architecture::from_name(name).ok_or_else(|| {
         Error::file(&file.path, format!("has the unsupported architecture {name}")).fix("llama, qwen3 and bitnet can be read")
     })

@@ -91,18 +91,20 @@ impl Config {
     pub fn resolve(&self, tokenizer_vocab: usize) -> Result<Spec> {
         let linear = self.linear.unwrap_or(if self.face == Face::Bitnet { LinearKind::Ternary } else { LinearKind::Dense });
         let osp = self.face == Face::Osp;
-        self.check_positive()?;
+        self.check_sizes()?;
         if self.head_dim.is_none() && !self.dim.is_multiple_of(self.heads) {
             let cause = format!("dim {} is not a multiple of heads {}", self.dim, self.heads);
             return Err(Error::input("model.heads", cause).fix("choose heads that divide dim, or set model.head_dim"));
         }
         let head_dim = self.head_dim.unwrap_or(self.dim / self.heads);
         if !head_dim.is_multiple_of(2) {
-            return Err(Error::input("model.head_dim", format!("{head_dim} is odd; rotary embedding needs pairs")));
+            return Err(Error::input("model.head_dim", format!("{head_dim} is odd; rotary embedding needs pairs"))
+                .fix("choose dim and heads so that dim / heads is even, or set an even model.head_dim"));
         }
         let kv_heads = self.kv_heads.unwrap_or(self.heads);
         if kv_heads == 0 || !self.heads.is_multiple_of(kv_heads) {
-            return Err(Error::input("model.kv_heads", format!("{kv_heads} does not divide heads {}", self.heads)));
+            return Err(Error::input("model.kv_heads", format!("{kv_heads} does not divide heads {}", self.heads))
+                .fix("choose a divisor of model.heads, or leave the key out"));
         }
         let step = if linear == LinearKind::Ternary { 256 } else { 64 };
         let spec = Spec {
@@ -128,10 +130,21 @@ impl Config {
         Ok(spec)
     }
 
-    fn check_positive(&self) -> Result<()> {
-        for (key, value) in [("dim", self.dim), ("layers", self.layers), ("heads", self.heads), ("context", self.context)] {
-            if value == 0 {
-                return Err(Error::input(format!("model.{key}"), "must be at least 1"));
+    /// Sizes are at least 1, and small enough that products of them are numbers.
+    fn check_sizes(&self) -> Result<()> {
+        let sizes = [
+            ("dim", Some(self.dim), 1 << 18),
+            ("layers", Some(self.layers), 1 << 12),
+            ("heads", Some(self.heads), 1 << 12),
+            ("kv_heads", self.kv_heads, 1 << 12),
+            ("head_dim", self.head_dim, 1 << 12),
+            ("ffn", self.ffn, 1 << 20),
+            ("context", Some(self.context), 1 << 24),
+            ("vocab", self.vocab, 1 << 24),
+        ];
+        for (key, value, most) in sizes {
+            if let Some(value) = value.filter(|value| !(1..=most).contains(value)) {
+                return Err(Error::input(format!("model.{key}"), format!("{value} is outside 1 to {most}")).fix("give a number in that range"));
             }
         }
         Ok(())
@@ -148,10 +161,10 @@ fn check(spec: &Spec, tokenizer_vocab: usize) -> Result<()> {
         return Err(Error::input("model.tied", cause).fix("set model.tied = false or model.embedding_projection = false"));
     }
     if !(spec.norm_eps > 0.0 && spec.norm_eps < 1.0) {
-        return Err(Error::input("model.norm_eps", format!("{} is not a small positive number", spec.norm_eps)));
+        return Err(Error::input("model.norm_eps", format!("{} is not a small positive number", spec.norm_eps)).fix("1e-5 is usual"));
     }
     if !(spec.rope_theta > 1.0 && spec.rope_theta.is_finite()) {
-        return Err(Error::input("model.rope_theta", format!("{} is not above 1", spec.rope_theta)));
+        return Err(Error::input("model.rope_theta", format!("{} is not above 1", spec.rope_theta)).fix("10000 is usual"));
     }
     Ok(())
 }

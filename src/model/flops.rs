@@ -28,5 +28,6 @@ pub fn training_bytes(spec: &Spec, rows: usize, state_bytes: usize, checkpointin
     let block = 4 * d + 2 * q + 2 * kv + 3 * f;
     let kept = if checkpointing { spec.layers * 2 * d + block } else { spec.layers * block };
     let logits = 256 * spec.vocab;
-    8 * parameters(spec) + state_bytes + 4 * (rows * spec.context * kept + logits)
+    let activations = 4.0 * (rows as f64 * spec.context as f64 * kept as f64 + logits as f64);
+    (8 * parameters(spec) + state_bytes).saturating_add(activations as usize)
 }

@@ -5,6 +5,7 @@ use crate::data::{Batch, Cursor, Dataset, Loader};
 use crate::data::loader::Shape;
 use crate::error::{Error, Result};
 use crate::export::config::SpecialIds;
+use crate::model::{Spec, flops};
 use crate::train::{Feed, Setup};
 use candle_core::Device;
 use std::path::{Path, PathBuf};
@@ -36,6 +37,9 @@ pub fn assemble(recipe: Recipe, recipe_path: &Path, device: Device, notes: &mut 
     let folder = recipe_path.parent().unwrap_or(Path::new("."));
     let dataset = Dataset::open(&recipe.data, folder, notes)?;
     let spec = recipe.model.resolve(dataset.tokenizer.vocabulary())?;
+    if device.is_cpu() {
+        check_memory(&spec, &recipe)?;
+    }
     for target in recipe.export.targets()? {
         crate::export::plan::plan(&spec, target)?;
     }
@@ -56,6 +60,26 @@ pub fn assemble(recipe: Recipe, recipe_path: &Path, device: Device, notes: &mut 
         spec,
     };
     Ok(Assembled { recipe, dataset, setup })
+}
+
+/// Refuses a run that cannot fit into this machine: what would end in the middle of the first step is said before it.
+fn check_memory(spec: &Spec, recipe: &Recipe) -> Result<()> {
+    let Some(total) = machine_memory() else { return Ok(()) };
+    let needed = flops::training_bytes(spec, recipe.train.batch, 0, recipe.model.activation_checkpointing);
+    // The estimate is not exact; only what is certain is refused.
+    if (needed as f64) * 0.8 <= total as f64 {
+        return Ok(());
+    }
+    let cause = format!("weights, gradients and activations need about {} GB, this machine has {} GB", needed >> 30, total >> 30);
+    Err(Error::input("train.batch", cause)
+        .fix("lower train.batch and raise train.accumulate, set model.activation_checkpointing = true, or choose a smaller model"))
+}
+
+/// Bytes of main memory; nothing where the system does not tell.
+fn machine_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find(|line| line.starts_with("MemTotal:"))?;
+    line.split_whitespace().nth(1)?.parse::<u64>().ok()?.checked_mul(1024)
 }
 
 impl Assembled {

@@ -21,8 +21,10 @@ pub(super) fn explain<T: DeserializeOwned>(error: &Error) -> Explained {
         unknown_choice(&path, rest)
     } else if let Some(key) = message.strip_prefix("missing field ").and_then(|rest| quoted(rest).next()) {
         missing_key(&path, key)
+    } else if message.starts_with("wanted exactly 1 element, more than 1") {
+        two_choices(&path)
     } else if let Some((found, expected)) = message.strip_prefix("invalid ").and_then(wrong_type) {
-        Explained { cause: format!("{} is {found}, expected {expected}", subject(&path)), fix: None }
+        Explained { cause: format!("{} is {found}, expected {expected}", subject(&path)), fix: Some(format!("give {expected}")) }
     } else {
         Explained { cause: format!("{}: {message}", subject(&path)), fix: None }
     }
@@ -52,6 +54,12 @@ fn unknown_choice(path: &str, message: &str) -> Explained {
         None => format!("choices: {}", valid.join(", ")),
     };
     Explained { cause: format!("{} has no choice `{choice}`", subject(path)), fix: Some(fix) }
+}
+
+fn two_choices(path: &str) -> Explained {
+    let key = path.rsplit('.').next().unwrap_or_default();
+    let fix = format!("keep one of its keys; to replace the recipe's choice, write `--set '{path}={{ choice = ... }}'`, all of `{key}` at once");
+    Explained { cause: format!("{} makes two choices at once", subject(path)), fix: Some(fix) }
 }
 
 fn missing_key(path: &str, key: &str) -> Explained {

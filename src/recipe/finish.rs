@@ -15,7 +15,15 @@ pub struct ExportConfig {
 impl ExportConfig {
     /// The formats, checked.
     pub fn targets(&self) -> Result<Vec<Target>> {
-        self.formats.iter().map(|name| Target::from_name(name).map_err(|error| Error::input("export.formats", error))).collect()
+        self.formats.iter().map(|name| Target::from_name(name).map_err(at_formats)).collect()
+    }
+}
+
+/// Names the recipe's key, and keeps the list of formats there are.
+fn at_formats(error: Error) -> Error {
+    match error {
+        Error::Input { cause, fix, .. } => Error::Input { place: "export.formats".to_owned(), cause, fix },
+        other => other,
     }
 }
 

@@ -28,8 +28,9 @@ impl Config {
         if self.dir.trim().is_empty() {
             return Err(Error::input("run.dir", "is empty").fix("name a folder, such as `checkpoints/first`"));
         }
-        if self.threads == Some(0) {
-            return Err(Error::input("run.threads", "is 0").fix("give at least 1, or leave the key out to use every core"));
+        if let Some(threads) = self.threads.filter(|threads| !(1..=4096).contains(threads)) {
+            let cause = format!("{threads} is outside 1 to 4096");
+            return Err(Error::input("run.threads", cause).fix("give the number of cores, or leave the key out to use every one"));
         }
         Ok(())
     }

@@ -33,19 +33,19 @@ fn ten() -> u64 {
 impl Config {
     /// Refuses numbers that mean nothing.
     pub fn check(&self) -> Result<()> {
-        let at_least_one = [
-            ("train.steps", self.steps),
-            ("train.batch", self.batch as u64),
-            ("train.accumulate", self.accumulate as u64),
-            ("train.log_every", self.log_every),
+        let counts = [
+            ("train.steps", self.steps, 1 << 40),
+            ("train.batch", self.batch as u64, 1 << 20),
+            ("train.accumulate", self.accumulate as u64, 1 << 20),
+            ("train.log_every", self.log_every, u64::MAX),
         ];
-        for (key, value) in at_least_one {
-            if value == 0 {
-                return Err(Error::input(key, "must be at least 1"));
+        for (key, value, most) in counts {
+            if !(1..=most).contains(&value) {
+                return Err(Error::input(key, format!("{value} is outside 1 to {most}")).fix("give a number in that range"));
             }
         }
         if !(self.z_loss >= 0.0 && self.z_loss.is_finite()) {
-            return Err(Error::input("train.z_loss", format!("{} is not a number from 0 up", self.z_loss)));
+            return Err(Error::input("train.z_loss", format!("{} is not a number from 0 up", self.z_loss)).fix("1e-4 is usual, 0 is none"));
         }
         Ok(())
     }

@@ -58,7 +58,8 @@ pub fn run(
     monitor: &mut dyn Monitor,
 ) -> Result<Outcome> {
     let decoder = Decoder::new(setup.spec.clone(), setup.activation_checkpointing);
-    let mut run = Run { setup, decoder: &decoder, validation, window: Window::new(), evaluation: None, saved: None };
+    let saved = state.saved.take().map(|path| (state.step, path));
+    let mut run = Run { setup, decoder: &decoder, validation, window: Window::new(), evaluation: None, saved };
     let mut gradients = GradientBuffers::new(&state.parameters)?;
     let started = Instant::now();
     let already_waited = feed.waited();
@@ -123,7 +124,7 @@ impl Run<'_> {
         let updated = if loss.is_finite() {
             step::update(&mut state.optimizer, state.step, &state.parameters, gradients, logged)
         } else {
-            Err(Error::input(format!("step {number}"), format!("the loss is {loss}")).fix("lower the learning rate or look at the batch"))
+            Err(Error::input("the loss", format!("is {loss}")))
         };
         let report = updated.or_else(|error| Err(failure::keep(self.setup, state, batches, error)?))?;
         state.step = number;

@@ -30,6 +30,8 @@ pub struct State {
     pub parameters: Parameters,
     pub optimizer: Optimizer,
     pub metrics: Sinks,
+    /// The run's own checkpoint that holds exactly this state, until a step is taken.
+    pub saved: Option<PathBuf>,
 }
 
 impl State {
@@ -43,7 +45,7 @@ impl State {
         let infos = parameter_infos(&parameters, setup.spec.heads, setup.spec.kv_heads);
         let optimizer = Optimizer::new(&setup.optim, &infos, setup.train.steps)?;
         let metrics = Sinks::open(&setup.run_dir, step)?;
-        Ok(Self { step, parameters, optimizer, metrics })
+        Ok(Self { step, parameters, optimizer, metrics, saved: None })
     }
 
     /// The state that `saved` holds, for the run that `setup` describes.
@@ -56,6 +58,7 @@ impl State {
         let mut state = Self::with(setup, saved.step(), parameters)?;
         let held = saved.tensors(OPTIMIZER)?;
         state.optimizer.load_state(held.iter().map(|(name, (_, values))| (name.as_str(), values.as_slice())))?;
+        state.saved = (saved.dir().parent() == Some(setup.run_dir.as_path())).then(|| saved.dir().to_owned());
         Ok(state)
     }
 
