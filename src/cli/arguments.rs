@@ -104,7 +104,7 @@ pub struct Text {
     #[arg(long, value_name = "FILE")]
     pub text: PathBuf,
     /// What separates documents; without it the file is one document.
-    #[arg(long, value_name = "STRING")]
+    #[arg(long, value_name = "STRING", allow_hyphen_values = true)]
     pub document_separator: Option<String>,
     /// Read only this many documents.
     #[arg(long, value_name = "N")]
@@ -145,7 +145,7 @@ pub struct Generate {
     /// Checkpoint, Hugging Face directory or GGUF file.
     pub model: PathBuf,
     /// Text to continue.
-    #[arg(long, default_value = "")]
+    #[arg(long, default_value = "", allow_hyphen_values = true)]
     pub prompt: String,
     /// Tokens to generate at most.
     #[arg(long, default_value_t = 128)]

@@ -10,6 +10,7 @@ use crate::recipe::{Recipe, assemble, load};
 /// Builds the shards and shows what the first batch contains.
 pub(super) fn run(command: &RecipeOnly, printer: &Printer) -> Result<Status> {
     let recipe: Recipe = load(&command.recipe.recipe, &command.recipe.overrides)?;
+    recipe.check()?;
     start_threads(recipe.run.threads)?;
     let assembled = assemble(recipe, &command.recipe.recipe, candle_core::Device::Cpu, &mut |text| printer.note(text))?;
     let (rows, context) = (assembled.recipe.train.batch, assembled.setup.spec.context);

@@ -32,6 +32,7 @@ struct Plan {
 /// Builds what the recipe describes, runs a few steps of it without saving anything, and says what the whole run will be.
 pub(super) fn run(command: &RecipeOnly, printer: &Printer) -> Result<Status> {
     let recipe: Recipe = load(&command.recipe.recipe, &command.recipe.overrides)?;
+    recipe.check()?;
     start_threads(recipe.run.threads)?;
     let assembled = assemble(recipe, &command.recipe.recipe, candle_core::Device::Cpu, &mut |text| printer.note(text))?;
     let parameters = initialize(&assembled.setup.spec, assembled.setup.seed, &candle_core::Device::Cpu)?;

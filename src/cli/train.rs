@@ -15,6 +15,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 /// Trains, then exports and validates as the recipe asks.
 pub(super) fn run(command: Train, printer: &mut Printer) -> Result<Status> {
     let recipe: Recipe = load(&command.recipe.recipe, &command.recipe.overrides)?;
+    recipe.check()?;
     start_threads(recipe.run.threads)?;
     let assembled = assemble(recipe, &command.recipe.recipe, device(&command.device)?, &mut |text| printer.note(text))?;
     if let Some(path) = &command.replay {

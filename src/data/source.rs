@@ -160,7 +160,7 @@ fn text_field(path: &Path, line_number: usize, line: &str, field: &str) -> Resul
     match value {
         serde_json::Value::Object(mut object) => match object.remove(field) {
             Some(serde_json::Value::String(text)) => Ok(text),
-            Some(_) => Err(wrong(format!("the field {field:?} is not a string"))),
+            Some(_) => Err(wrong(format!("the field {field:?} is not a string")).fix("set `field` to the one that holds the text")),
             None => {
                 let others: Vec<&str> = object.keys().map(String::as_str).collect();
                 Err(wrong(format!("there is no field {field:?}")).fix(format!("set `field` to one of: {}", others.join(", "))))

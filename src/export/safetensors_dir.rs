@@ -129,7 +129,7 @@ pub fn read_file(path: &Path) -> Result<BTreeMap<String, Parameter>> {
     for name in metadata.offset_keys() {
         let info = metadata.info(&name).expect("the name comes from the same table");
         let format = float_format(info.dtype)
-            .ok_or_else(|| Error::file(path, format!("{name} is stored as {:?}; F32, F16 and BF16 can be read", info.dtype)))?;
+            .ok_or_else(|| Error::file(path, format!("{name} is stored as {:?}; F32, F16 and BF16 can be read", info.dtype)).fix("convert it to one of them"))?;
         let start = 8 + header;
         let range = start + info.data_offsets.0..start + info.data_offsets.1;
         // A scalar counts as one row of one weight.
@@ -160,7 +160,8 @@ pub(super) fn strict(spec: &Spec, mut found: BTreeMap<String, Parameter>, place:
     for (name, shape) in expected {
         let parameter = found.remove(&name).expect("presence was checked above");
         if parameter.shape != shape {
-            return Err(Error::file(place, format!("{name} has the shape {:?}, its configuration says {shape:?}", parameter.shape)));
+            return Err(Error::file(place, format!("{name} has the shape {:?}, its configuration says {shape:?}", parameter.shape))
+                .fix("check that the configuration belongs to these weights"));
         }
         parameters.insert(name, parameter);
     }
@@ -169,11 +170,13 @@ pub(super) fn strict(spec: &Spec, mut found: BTreeMap<String, Parameter>, place:
         && let Some(head) = found.remove(HEAD)
         && head.bytes() != parameters[EMBED].bytes()
     {
-        return Err(Error::file(place, "lm_head.weight differs from the embedding, yet tie_word_embeddings is true"));
+        return Err(Error::file(place, "lm_head.weight differs from the embedding, yet tie_word_embeddings is true")
+            .fix("set tie_word_embeddings to false"));
     }
     let extra: Vec<_> = found.keys().map(String::as_str).collect();
     if !extra.is_empty() {
-        return Err(Error::file(place, format!("holds {}, which the configuration has no place for", some_of(&extra))));
+        return Err(Error::file(place, format!("holds {}, which the configuration has no place for", some_of(&extra)))
+            .fix("check that the configuration belongs to these weights"));
     }
     Ok(parameters)
 }
