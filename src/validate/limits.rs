@@ -26,6 +26,9 @@ pub struct Limits {
 }
 
 impl Limits {
+    /// For a ternary model written as dense weights: engines run those with unrounded activations, which training never saw.
+    pub const DEQUANTIZED_TERNARY: Self = Self { nll_gap: 0.01, kl_mean: 0.005, top1_agreement: 0.97, skill_loss: 0.05 };
+
     /// The defaults for an artifact whose block matrices are stored as `format`.
     pub fn of(format: &str) -> Self {
         match format {
