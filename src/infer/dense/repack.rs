@@ -26,7 +26,7 @@ pub(super) fn repack(outputs: usize, inputs: usize, layout: Layout, bytes: &[u8]
         _ => (Code::Int8, layout.block),
     };
     let stride = panel_bytes(code, block, inputs);
-    let mut lines = vec![Line([0; 64]); outputs.div_ceil(PANEL) * stride / size_of::<Line>()];
+    let mut lines = zeroed(outputs.div_ceil(PANEL) * stride / size_of::<Line>());
     bytes_of_mut(&mut lines).par_chunks_mut(stride).enumerate().try_for_each(|(panel, out)| {
         let first = panel * PANEL;
         let rows = &bytes[first * row_bytes..outputs.min(first + PANEL) * row_bytes];
@@ -34,6 +34,23 @@ pub(super) fn repack(outputs: usize, inputs: usize, layout: Layout, bytes: &[u8]
         rows.write(code, out)
     })?;
     Ok(DenseMatrix { outputs, inputs, code, block, lines })
+}
+
+/// Zeroed memory, on huge pages where the system grants them: a token streams through all of it, and prefetching stops at page ends.
+fn zeroed(count: usize) -> Vec<Line> {
+    let mut lines: Vec<Line> = Vec::with_capacity(count);
+    #[cfg(target_os = "linux")]
+    {
+        const PAGE: usize = 4096;
+        let start = (lines.as_ptr() as usize).next_multiple_of(PAGE);
+        let end = (lines.as_ptr() as usize + count * size_of::<Line>()) / PAGE * PAGE;
+        if end > start {
+            // SAFETY: the range lies within the vector's own allocation; the advice changes no contents, and refusal is harmless.
+            unsafe { libc::madvise(start as *mut libc::c_void, end - start, libc::MADV_HUGEPAGE) };
+        }
+    }
+    lines.resize(count, Line([0; 64]));
+    lines
 }
 
 impl Rows<'_> {
