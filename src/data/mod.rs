@@ -1,7 +1,7 @@
 //! Text to batches: sources, tokenizers, shards, packing, mixing, prefetch.
 //!
 //! [`Config`] names sources; [`Dataset::open`] tokenizes them into memory-mapped shards that are reused while content and tokenizer
-//! stay the same; [`Loader`] deals rows to batches in an order that is a pure function of (data, seed, row); [`report`] shows what a
+//! stay the same; [`Loader`] deals rows to batches in an order that is a pure function of (data, seed, row); [`report()`] shows what a
 //! batch contains. Everything random comes from counters ([`random`]), so nothing depends on threads or on what ran before.
 
 pub mod builtin;

@@ -1,9 +1,9 @@
 //! Documents to fixed rows with boundaries.
 //!
-//! A document with tokens t becomes the sequence s = [BOS] t [EOS], and s gives the pairs (s_j, s_(j+1)): input and target. A source
-//! is the endless sequence of its documents' pairs, shuffled anew for every pass, and a row is `context` consecutive pairs. So every
-//! position is trained, no target lies beyond a boundary, EOS is never an input, and a long document goes on in the next row (without
-//! its past, which lies outside the row).
+//! A document with tokens t becomes the sequence s = BOS t EOS (each where the tokenizer has it), and s gives the pairs
+//! (s_j, s_(j+1)): input and target. A source is the endless sequence of its documents' pairs, shuffled anew for every pass, and a
+//! row is `context` consecutive pairs. So every position is trained, no target lies beyond a boundary, EOS is never an input, and a
+//! long document goes on in the next row (without its past, which lies outside the row).
 
 use super::random::Random;
 use super::shard::Shard;

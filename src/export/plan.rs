@@ -3,12 +3,13 @@
 //! | format | block matrices | embedding | head | norms |
 //! | --- | --- | --- | --- | --- |
 //! | f16, bf16 | that | that | that | f32 |
-//! | q8_0 | q8_0 | q8_0 | q8_0 | f32 |
+//! | q8_0, q6_k | that | that | that | f32 |
 //! | q4_0 | q4_0 | q4_0, tied q8_0 | q8_0 | f32 |
+//! | q4_k | q4_k | q4_k, tied q6_k | q6_k | f32 |
 //! | tq1_0, tq2_0 | that | f16 | f16 | f32 |
 //!
-//! A head (or a table that is one) loses most from four bits, so it gets eight, like llama.cpp's own quantizer gives it six.
-//! Rows that q8_0 or q4_0 blocks do not divide are stored as f32, exactly; ternary rows are refused, since the point of the face is its size.
+//! A head (or a table that is one) loses most from four bits, so it gets six or eight, as in llama.cpp's own quantizer.
+//! Rows that blocks do not divide are stored as f32, exactly; ternary rows are refused, since the point of the face is its size.
 
 use super::config::{self, transformers_class};
 use super::fold::folded_spec;
@@ -68,7 +69,7 @@ pub fn plan(spec: &Spec, target: Target) -> Result<Plan> {
     config::check_spec(spec, "model")?;
     if target.packs_ternary() && spec.linear != LinearKind::Ternary {
         return Err(Error::input(target.name(), "holds ternary matrices only, and this model's are dense")
-            .fix("choose hf, gguf-f16, gguf-bf16, gguf-q8_0 or gguf-q4_0"));
+            .fix("choose hf, or a GGUF format that is not ternary"));
     }
     let linear = if target.packs_ternary() { LinearKind::Ternary } else { LinearKind::Dense };
     let result = Spec { linear, ..folded_spec(spec) };
@@ -174,6 +175,7 @@ fn policy(parameter: &str, shape: &[usize], matrix: &'static dyn Format, tied: b
     let is_head = tied || parameter == "lm_head.weight";
     match matrix.layout().name {
         "q4_0" if is_head => &quant::Q8_0,
+        "q4_k" if is_head => &quant::Q6K,
         "tq1_0" | "tq2_0" => &quant::F16,
         _ => matrix,
     }

@@ -14,14 +14,26 @@ pub enum Target {
     GgufBf16,
     GgufQ8_0,
     GgufQ4_0,
+    GgufQ4K,
+    GgufQ6K,
     GgufTq1_0,
     GgufTq2_0,
 }
 
 impl Target {
     /// Every target, in the order help texts list them.
-    pub const ALL: [Self; 8] =
-        [Self::Hf, Self::HfBitnet, Self::GgufF16, Self::GgufBf16, Self::GgufQ8_0, Self::GgufQ4_0, Self::GgufTq1_0, Self::GgufTq2_0];
+    pub const ALL: [Self; 10] = [
+        Self::Hf,
+        Self::HfBitnet,
+        Self::GgufF16,
+        Self::GgufBf16,
+        Self::GgufQ8_0,
+        Self::GgufQ4_0,
+        Self::GgufQ4K,
+        Self::GgufQ6K,
+        Self::GgufTq1_0,
+        Self::GgufTq2_0,
+    ];
 
     /// As it is spelled on the command line and in recipes.
     pub fn name(self) -> &'static str {
@@ -32,6 +44,8 @@ impl Target {
             Self::GgufBf16 => "gguf-bf16",
             Self::GgufQ8_0 => "gguf-q8_0",
             Self::GgufQ4_0 => "gguf-q4_0",
+            Self::GgufQ4K => "gguf-q4_k",
+            Self::GgufQ6K => "gguf-q6_k",
             Self::GgufTq1_0 => "gguf-tq1_0",
             Self::GgufTq2_0 => "gguf-tq2_0",
         }
@@ -56,6 +70,8 @@ impl Target {
             Self::GgufBf16 => Some(&quant::Bf16),
             Self::GgufQ8_0 => Some(&quant::Q8_0),
             Self::GgufQ4_0 => Some(&quant::Q4_0),
+            Self::GgufQ4K => Some(&quant::Q4K),
+            Self::GgufQ6K => Some(&quant::Q6K),
             Self::GgufTq1_0 => Some(&quant::Tq1_0),
             Self::GgufTq2_0 => Some(&quant::Tq2_0),
         }
@@ -73,6 +89,8 @@ impl Target {
             Self::GgufF16 => Some(1),
             Self::GgufQ4_0 => Some(2),
             Self::GgufQ8_0 => Some(7),
+            Self::GgufQ4K => Some(14),
+            Self::GgufQ6K => Some(18),
             Self::GgufBf16 => Some(32),
             Self::GgufTq1_0 => Some(36),
             Self::GgufTq2_0 => Some(37),

@@ -126,8 +126,10 @@ fn bitnet_files_have_sub_norms_and_no_head() {
 /// candle's reader is the second opinion on container and codecs.
 #[test]
 fn candle_reads_the_same_values() {
-    for target in [Target::GgufF16, Target::GgufBf16, Target::GgufQ8_0, Target::GgufQ4_0] {
-        let (_folder, path, _, _) = exported(&face(), target);
+    let formats = [Target::GgufF16, Target::GgufBf16, Target::GgufQ8_0, Target::GgufQ4_0, Target::GgufQ4K, Target::GgufQ6K];
+    for target in formats {
+        let wide = Spec { dim: 256, head_dim: 64, ffn: 512, ..face() };
+        let (_folder, path, _, _) = exported(&wide, target);
         let ours = gguf::GgufFile::open(&path).unwrap();
         let mut reader = fs::File::open(&path).unwrap();
         let theirs = Content::read(&mut reader).unwrap();

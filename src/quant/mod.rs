@@ -6,6 +6,8 @@ mod bf16;
 mod f16;
 mod f32;
 mod q4_0;
+mod q4_k;
+mod q6_k;
 mod q8_0;
 mod ternary;
 mod tq1_0;
@@ -15,6 +17,8 @@ pub use bf16::Bf16;
 pub use f16::F16;
 pub use f32::F32;
 pub use q4_0::Q4_0;
+pub use q4_k::Q4K;
+pub use q6_k::Q6K;
 pub use q8_0::Q8_0;
 pub use ternary::{TernaryFormat, ternary_by_id};
 pub use tq1_0::Tq1_0;
@@ -96,7 +100,7 @@ pub trait Format: Sync {
 }
 
 /// Every format, by ascending type id.
-pub static ALL: &[&dyn Format] = &[&F32, &F16, &Q4_0, &Q8_0, &Bf16, &Tq1_0, &Tq2_0];
+pub static ALL: &[&dyn Format] = &[&F32, &F16, &Q4_0, &Q8_0, &Q4K, &Q6K, &Bf16, &Tq1_0, &Tq2_0];
 
 /// The format with ggml type `id`, if this crate has it.
 pub fn by_id(id: u32) -> Option<&'static dyn Format> {

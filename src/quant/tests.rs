@@ -31,6 +31,10 @@ fn promise(name: &str) -> (f32, f64) {
         "q8_0" => (0.5 / 127.0 + 1.0 / 2048.0, 8.5),
         // A whole step of 1/8 at the clipped end.
         "q4_0" => (1.0 / 8.0 + 1.0 / 2048.0, 4.5),
+        // Half a step of a range that may reach over zero, and the rounding of scale and minimum to six bits.
+        "q4_k" => (1.0 / 15.0 + 2.0 / 63.0, 4.5),
+        // Half a step of 1/32, and the rounding of the scale to eight bits.
+        "q6_k" => (1.0 / 32.0 + 1.0 / 128.0, 6.5625),
         "tq1_0" => (0.5 + 1.0 / 2048.0, 1.6875),
         "tq2_0" => (0.5 + 1.0 / 2048.0, 2.0625),
         other => panic!("{other}: state its error bound and bits per weight here"),
@@ -59,8 +63,13 @@ fn encoding_what_was_decoded_changes_nothing() {
         let twice = round_trip(*format, &once);
         // Where the largest weight is stored with a rounded scale the second scale may differ by one f16 step; the value then
         // differs by that step and no more.
-        let limit = if format.layout().block == 1 || format.layout().name.starts_with("tq") { 0.0 } else { 1.0 / 1024.0 };
-        assert!(once.iter().zip(&twice).all(|(a, b)| (a - b).abs() <= limit * a.abs()), "{}", format.layout().name);
+        let limit = match format.layout().name {
+            // Their search may settle on another scale and minimum; it cannot be off by more than it was the first time.
+            "q4_k" | "q6_k" => promise(format.layout().name).0 * absmax(&once),
+            name if format.layout().block == 1 || name.starts_with("tq") => 0.0,
+            _ => absmax(&once) / 1024.0,
+        };
+        assert!(once.iter().zip(&twice).all(|(a, b)| (a - b).abs() <= limit), "{}", format.layout().name);
     }
 }
 
@@ -87,6 +96,24 @@ fn rows_append_and_uneven_rows_are_refused() {
             assert!(refusal.to_string().contains(name), "{refusal}");
         }
         assert!(format.decode_row(&bytes, &mut vec![0.0; 2 * block]).is_err(), "{name}");
+    }
+}
+
+/// candle's k-quants are a second implementation of both directions.
+#[test]
+fn candle_agrees_on_k_quants() {
+    use candle_core::quantized::{GgmlDType, QTensor};
+    use candle_core::{Device, Tensor};
+    let (row, pairs): (_, [(&dyn Format, _); 2]) = (weights(4096, 11), [(&Q4K, GgmlDType::Q4K), (&Q6K, GgmlDType::Q6K)]);
+    let error = |stored: &[f32]| row.iter().zip(stored).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>();
+    for (format, dtype) in pairs {
+        let theirs = QTensor::quantize(&Tensor::from_slice(&row, 4096, &Device::Cpu).unwrap(), dtype).unwrap();
+        let values: Vec<f32> = theirs.dequantize(&Device::Cpu).unwrap().to_vec1().unwrap();
+        let mut decoded = vec![0.0; row.len()];
+        format.decode_row(&theirs.data().unwrap(), &mut decoded).unwrap();
+        assert_eq!(decoded, values, "{}", format.layout().name);
+        let ratio = error(&round_trip(format, &row)) / error(&values);
+        assert!(ratio < 1.02, "{}: {ratio}", format.layout().name);
     }
 }
 
