@@ -63,14 +63,6 @@ impl Linear {
             Self::Ternary(matrix) => matrix.columns(),
         }
     }
-
-    /// Bytes read for one row of x.
-    pub fn bytes(&self) -> usize {
-        match self {
-            Self::Dense(matrix) => matrix.bytes(),
-            Self::Ternary(matrix) => matrix.bytes(),
-        }
-    }
 }
 
 fn sides(name: &str, weight: &Parameter) -> Result<(usize, usize)> {
@@ -179,7 +171,8 @@ mod tests {
     }
 
     fn exact(scales: [f32; 4], x: &[f32]) -> Vec<f64> {
-        let weights: Vec<f64> = codes().iter().enumerate().map(|(i, code)| f64::from(*code) * f64::from(f16::from_f32(scales[i / 256]).to_f32())).collect();
+        let weights: Vec<f64> =
+            codes().iter().enumerate().map(|(i, code)| f64::from(*code) * f64::from(f16::from_f32(scales[i / 256]).to_f32())).collect();
         weights.chunks(512).map(|row| row.iter().zip(x).map(|(w, x)| w * f64::from(*x)).sum()).collect()
     }
 
