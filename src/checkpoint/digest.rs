@@ -59,7 +59,7 @@ mod tests {
 
     #[test]
     fn streaming_equals_hashing_each_chunk() {
-        let bytes: Vec<u8> = (0..2 * CHUNK_BYTES + 77).map(|i| (i * 31 >> 3) as u8).collect();
+        let bytes: Vec<u8> = (0..2 * CHUNK_BYTES + 77).map(|i| ((i * 31) >> 3) as u8).collect();
         for pieces in [1 << 20, CHUNK_BYTES, CHUNK_BYTES + 3, bytes.len()] {
             let mut digest = Digest::default();
             bytes.chunks(pieces).for_each(|piece| digest.update(piece));

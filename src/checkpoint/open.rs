@@ -21,6 +21,9 @@ pub struct Checkpoint {
     files: BTreeMap<String, Mapped>,
 }
 
+/// Shape and elements of a tensor.
+pub type Shaped = (Vec<usize>, Vec<f32>);
+
 /// What [`latest`] found.
 #[derive(Debug)]
 pub struct Found {
@@ -105,7 +108,7 @@ impl Checkpoint {
     ///
     /// # Errors
     /// As [`Self::tensor_file`].
-    pub fn tensors(&self, name: &str) -> Result<BTreeMap<String, (Vec<usize>, Vec<f32>)>> {
+    pub fn tensors(&self, name: &str) -> Result<BTreeMap<String, Shaped>> {
         let file = self.tensor_file(name)?;
         file.names().into_par_iter().map(|tensor| Ok((tensor.to_owned(), file.read(tensor)?))).collect()
     }

@@ -8,9 +8,10 @@ use crate::error::{Error, Result};
 use crate::export::Target;
 use crate::infer::Engine;
 use crate::infer::sampler::Config;
+use crate::model::LinearKind;
 use crate::recipe::Assembled;
 use crate::train::Outcome;
-use crate::validate::{Document, Options, Report, Verdict, compare};
+use crate::validate::{Document, Limits, Options, Report, Verdict, compare};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 
@@ -36,7 +37,7 @@ pub(super) fn run(assembled: &Assembled, outcome: &Outcome, json: Option<&Path>,
     for target in assembled.recipe.export.targets()? {
         let path = place(&folder, target)?;
         export::show(&export::artifact(&outcome.checkpoint, target, &path)?, printer)?;
-        if let Some(report) = validate(assembled, &outcome.checkpoint, &path)? {
+        if let Some(report) = validate(assembled, &outcome.checkpoint, target, &path)? {
             model::show(&report, printer)?;
             reports.push(report);
         }
@@ -86,14 +87,16 @@ fn place(folder: &Path, target: Target) -> Result<PathBuf> {
     Ok(path)
 }
 
-fn validate(assembled: &Assembled, checkpoint: &Path, path: &Path) -> Result<Option<Report>> {
+fn validate(assembled: &Assembled, checkpoint: &Path, target: Target, path: &Path) -> Result<Option<Report>> {
     let documents = held_out(assembled);
     if documents.is_empty() {
         return Ok(None);
     }
     let (artifact, reference) = (Engine::load(path)?, Engine::load(checkpoint)?);
     let probes = builtin_source(assembled).map(|config| skill_probes(config, PROBE_SEED, assembled.recipe.validate.probes)).unwrap_or_default();
-    let options = Options { worst: 10, probes, ..Options::default() };
+    // Engines run a dequantized ternary model with unrounded activations: another arithmetic than it was trained with.
+    let limits = (assembled.setup.spec.linear == LinearKind::Ternary && !target.packs_ternary()).then_some(Limits::DEQUANTIZED_TERNARY);
+    let options = Options { worst: 10, probes, limits, ..Options::default() };
     compare(&artifact, &reference, &documents, &options, |_| ()).map(Some)
 }
 

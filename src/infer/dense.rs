@@ -1,8 +1,8 @@
 //! Dense weights as an engine reads them: y = x W^T with W in the bits of its file, expanded to f32 on the way into the product.
 //! y[o] = sum_i x[i] W[o, i], one chain of fused multiply-adds per element in ascending i (the contract of `ops::cpu::gemm`).
 //! W: [out, in], stored by panels of 32 outputs, within a panel by input: 32 neighbouring outputs of one input lie side by side.
-//! f32, f16, bf16, and blocks of codes with f16 scales (q8_0, q4_0, ternary with scales that differ). A product with one row of x
-//! reads the panels from start to end once, at the speed of memory; larger ones expand a panel at a time.
+//! f32, f16, bf16, and blocks of codes with f16 scales (q8_0, q4_0, ternary with scales that differ); other formats are widened to f32,
+//! value by value, when they are loaded. A product with one row of x reads the panels from start to end once, at the speed of memory; larger ones expand a panel at a time.
 
 mod expand;
 mod repack;
@@ -69,7 +69,7 @@ impl DenseMatrix {
     /// # Errors
     /// When the sizes do not belong together.
     pub fn new(outputs: usize, inputs: usize, format: &dyn Format, bytes: &[u8]) -> Result<Self> {
-        repack::repack(outputs, inputs, format.layout(), bytes)
+        repack::repack(outputs, inputs, format, bytes)
     }
 
     /// Number of rows of W.
@@ -80,11 +80,6 @@ impl DenseMatrix {
     /// Number of columns of W.
     pub fn inputs(&self) -> usize {
         self.inputs
-    }
-
-    /// Bytes held in memory.
-    pub fn bytes(&self) -> usize {
-        size_of_val(self.lines.as_slice())
     }
 
     /// y = x W^T for rows of x (`[rows, inputs]`) into rows of `y` (`[rows, outputs]`).
@@ -131,7 +126,13 @@ impl DenseMatrix {
 
     fn view(&self, first: usize, panels: usize) -> View<'_> {
         let stride = self.panel_bytes();
-        View { code: self.code, block: self.block, inputs: self.inputs, stride, bytes: &bytes_of(&self.lines)[first * stride..][..panels * stride] }
+        View {
+            code: self.code,
+            block: self.block,
+            inputs: self.inputs,
+            stride,
+            bytes: &bytes_of(&self.lines)[first * stride..][..panels * stride],
+        }
     }
 }
 

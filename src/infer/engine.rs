@@ -34,7 +34,7 @@ pub struct Size {
     pub weights: usize,
     /// Bytes they are stored in.
     pub weight_bytes: usize,
-    /// What the matrices of the blocks are stored as.
+    /// The smallest format among the matrices of the blocks.
     pub format: &'static str,
     /// Bytes of the file, or of the directory's weights, configuration and tokenizer.
     pub artifact_bytes: u64,
@@ -42,13 +42,16 @@ pub struct Size {
 
 impl Size {
     fn of(parameters: &BTreeMap<String, Parameter>) -> Self {
-        // Embedding and head often stay in half precision; an artifact is called after its blocks.
-        let block = parameters.iter().find(|(name, _)| name.ends_with("mlp.down_proj.weight"));
+        // Embedding and head often stay in half precision, and rows that blocks do not divide in full; an artifact is called after the
+        // smallest format among its blocks' matrices.
+        let matrices = parameters.iter().filter(|(name, parameter)| name.contains(".layers.") && parameter.shape.len() == 2);
+        let layouts = matrices.map(|(_, parameter)| parameter.format.layout());
+        let smallest = layouts.min_by(|a, b| a.bits_per_weight().total_cmp(&b.bits_per_weight()));
         let weight_bytes = parameters.values().map(|parameter| parameter.bytes().len()).sum();
         Self {
             weights: parameters.values().map(Parameter::count).sum(),
             weight_bytes,
-            format: block.map_or("f32", |(_, parameter)| parameter.format.layout().name),
+            format: smallest.map_or("f32", |layout| layout.name),
             artifact_bytes: weight_bytes as u64,
         }
     }
@@ -124,7 +127,14 @@ impl Engine {
 
     /// Runs `ids` at positions from `first` on and leaves what the head reads, `[ids, dim]`, in `work.normalized`. Keys and values are
     /// appended to `stores`, one per layer.
-    pub(super) fn forward(&self, ids: &[u32], first: usize, rope: &RotaryTable, stores: &mut [Box<dyn Store>], work: &mut Work) -> Result<()> {
+    pub(super) fn forward(
+        &self,
+        ids: &[u32],
+        first: usize,
+        rope: &RotaryTable,
+        stores: &mut [Box<dyn Store>],
+        work: &mut Work,
+    ) -> Result<()> {
         let pass = Pass { engine: self, first, rope };
         work.positions.clear();
         work.positions.extend((first..first + ids.len()).map(|position| position as u32));

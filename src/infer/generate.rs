@@ -92,3 +92,51 @@ pub fn prompt_ids(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {
     ids.extend(tokenizer.encode(text)?);
     Ok(ids)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::infer::kv::Format;
+    use crate::infer::sampler::argmax;
+    use crate::infer::testing::{Artifact, dense, weights};
+
+    #[test]
+    fn greedy_text_is_that_of_the_likeliest_tokens() {
+        let spec = dense();
+        let engine = Artifact::checkpoint(&spec, &weights(&spec, 1)).engine();
+        let tokenizer = engine.tokenizer().unwrap();
+        let prompt = prompt_ids(tokenizer, "ab").unwrap();
+        let mut session = Session::new(&engine, Format::F32, 40).unwrap();
+        let mut generation = Generation::new(&mut session, &prompt, Config::greedy(), 20).unwrap();
+        let text: String = generation.by_ref().map(Result::unwrap).collect();
+        let (ids, stop) = (generation.ids().to_vec(), generation.stop().unwrap());
+        assert_eq!(text, tokenizer.decode(&ids).unwrap());
+        assert_eq!(stop, if ids.len() == 20 { Stop::Length } else { Stop::EndOfText });
+
+        let mut session = Session::new(&engine, Format::F32, 40).unwrap();
+        let mut logits = session.prefill(&prompt).unwrap();
+        for id in ids {
+            assert_eq!(argmax(&logits), id);
+            logits = session.step(id).unwrap();
+        }
+    }
+
+    #[test]
+    fn seeds_repeat_and_a_full_context_ends() {
+        let spec = dense();
+        let engine = Artifact::checkpoint(&spec, &weights(&spec, 2)).engine();
+        let run = |seed, capacity, most| {
+            let mut session = Session::new(&engine, Format::F32, capacity).unwrap();
+            let config = Config { seed, temperature: 1.0, ..Config::default() };
+            let mut generation = Generation::new(&mut session, &[1, 2, 3], config, most).unwrap();
+            generation.by_ref().for_each(|piece| drop(piece.unwrap()));
+            (generation.ids().to_vec(), generation.stop().unwrap())
+        };
+        assert_eq!(run(1, 30, 10), run(1, 30, 10));
+        assert_ne!(run(1, 30, 10).0, run(2, 30, 10).0);
+        let (ids, stop) = run(1, 6, 50);
+        // Three places are left after the prompt; the token after the last of them needs none.
+        assert!(stop == Stop::Context && ids.len() == 4 || stop == Stop::EndOfText, "{stop:?} {ids:?}");
+        assert_eq!(run(1, 30, 0), (vec![], Stop::Length));
+    }
+}

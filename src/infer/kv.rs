@@ -75,7 +75,8 @@ impl FromStr for Format {
 
     fn from_str(name: &str) -> Result<Self> {
         Self::ALL.into_iter().find(|format| format.name() == name).ok_or_else(|| {
-            Error::input("kv", format!("there is no cache format {name:?}")).fix(format!("choose one of {}", Self::ALL.map(Self::name).join(", ")))
+            Error::input("kv", format!("there is no cache format {name:?}"))
+                .fix(format!("choose one of {}", Self::ALL.map(Self::name).join(", ")))
         })
     }
 }

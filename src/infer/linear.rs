@@ -8,6 +8,7 @@ use crate::model::LinearKind;
 use crate::ops::cpu::ternary::{PackedTernary, quantize_activations, ternary_matmul};
 use crate::quant::ternary_by_id;
 use half::f16;
+use rayon::prelude::*;
 
 /// One linear map y = x W^T, W `[outputs, inputs]`.
 pub enum Linear {
@@ -62,14 +63,6 @@ impl Linear {
             Self::Ternary(matrix) => matrix.columns(),
         }
     }
-
-    /// Bytes read for one row of x.
-    pub fn bytes(&self) -> usize {
-        match self {
-            Self::Dense(matrix) => matrix.bytes(),
-            Self::Ternary(matrix) => matrix.bytes(),
-        }
-    }
 }
 
 fn sides(name: &str, weight: &Parameter) -> Result<(usize, usize)> {
@@ -84,20 +77,48 @@ fn stored_codes(weight: &Parameter, inputs: usize) -> Result<Option<(Vec<i8>, f1
     let layout = weight.format.layout();
     let (Some(format), Some(row_bytes)) = (ternary_by_id(layout.id), layout.row_bytes(inputs)) else { return Ok(None) };
     let mut codes = vec![0i8; weight.count()];
-    let mut common: Option<f16> = None;
-    for (codes, bytes) in codes.chunks_exact_mut(inputs).zip(weight.bytes().chunks_exact(row_bytes)) {
-        let scales = format.decode_codes(bytes, codes)?;
-        for (codes, scale) in codes.chunks_exact(layout.block).zip(scales) {
-            // The two-bit code 3 stands for twice the scale; no encoder writes it, and only the dense path can hold it.
-            if codes.iter().any(|code| *code > 1) {
-                return Ok(None);
-            }
-            if codes.iter().any(|code| *code != 0) && *common.get_or_insert(scale) != scale {
-                return Ok(None);
-            }
+    let rows = codes.par_chunks_mut(inputs).zip(weight.bytes().par_chunks(row_bytes));
+    let scales: Vec<Scale> = rows
+        .map(|(codes, bytes)| {
+            let scales = format.decode_codes(bytes, codes)?;
+            Ok(codes.chunks_exact(layout.block).zip(scales).map(|(codes, scale)| Scale::of(codes, scale)).fold(Scale::Any, Scale::join))
+        })
+        .collect::<Result<_>>()?;
+    Ok(match scales.into_iter().fold(Scale::Any, Scale::join) {
+        Scale::Any => Some((codes, f16::ZERO)),
+        Scale::One(scale) => Some((codes, scale)),
+        Scale::Many => None,
+    })
+}
+
+/// What scale some blocks have in common.
+#[derive(Clone, Copy, PartialEq)]
+enum Scale {
+    /// All codes are zero.
+    Any,
+    One(f16),
+    Many,
+}
+
+impl Scale {
+    fn of(codes: &[i8], scale: f16) -> Self {
+        // The two-bit code 3 stands for twice the scale; no encoder writes it, and only the dense path can hold it.
+        if codes.iter().any(|code| *code > 1) {
+            Self::Many
+        } else if codes.iter().any(|code| *code != 0) {
+            Self::One(scale)
+        } else {
+            Self::Any
         }
     }
-    Ok(Some((codes, common.unwrap_or(f16::ZERO))))
+
+    fn join(self, other: Self) -> Self {
+        match (self, other) {
+            (Self::Any, scale) | (scale, Self::Any) => scale,
+            (one, other) if one == other => one,
+            _ => Self::Many,
+        }
+    }
 }
 
 /// Working memory of [`products`].
@@ -122,5 +143,59 @@ pub fn products<const N: usize>(x: &[f32], maps: [&Linear; N], outputs: [&mut Ve
             Linear::Dense(matrix) => matrix.multiply(x, y),
             Linear::Ternary(matrix) => ternary_matmul(&scratch.codes, &scratch.gammas, matrix, y),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::rng::Stream;
+    use crate::quant::{Format, TernaryFormat, Tq1_0, Tq2_0};
+
+    /// Two rows of two blocks, the third block all zero and under a scale of its own.
+    fn codes() -> Vec<i8> {
+        let mut stream = Stream::new(1, "codes");
+        (0..1024).map(|i| if i / 256 == 2 { 0 } else { stream.below(3) as i8 - 1 }).collect()
+    }
+
+    fn parameter(format: &'static dyn Format, scales: [f32; 4], pack: &dyn TernaryFormat) -> Parameter {
+        let mut bytes = vec![];
+        codes().chunks(256).zip(scales).for_each(|(codes, scale)| pack.encode_codes(codes, f16::from_f32(scale), &mut bytes).unwrap());
+        Parameter::owned("w", vec![2, 512], format, bytes).unwrap()
+    }
+
+    fn product(map: &Linear, x: &[f32]) -> Vec<f32> {
+        let mut y = vec![];
+        products(x, [map], [&mut y], &mut Codes::default());
+        y
+    }
+
+    fn exact(scales: [f32; 4], x: &[f32]) -> Vec<f64> {
+        let weights: Vec<f64> =
+            codes().iter().enumerate().map(|(i, code)| f64::from(*code) * f64::from(f16::from_f32(scales[i / 256]).to_f32())).collect();
+        weights.chunks(512).map(|row| row.iter().zip(x).map(|(w, x)| w * f64::from(*x)).sum()).collect()
+    }
+
+    #[test]
+    fn one_scale_meets_integers_and_several_meet_floats() {
+        let mut stream = Stream::new(2, "x");
+        let x: Vec<f32> = (0..512).map(|_| stream.normal() as f32).collect();
+        let formats: [(&'static dyn Format, &dyn TernaryFormat); 2] = [(&Tq1_0, &Tq1_0), (&Tq2_0, &Tq2_0)];
+        for (format, pack) in formats {
+            for (scales, integers) in [([0.5, 0.5, 0.0, 0.5], true), ([0.5, 0.25, 0.0, 0.5], false)] {
+                let map = Linear::of_block("w", &parameter(format, scales, pack), LinearKind::Ternary).unwrap();
+                assert_eq!(matches!(map, Linear::Ternary(_)), integers);
+                // Eight bits of activation cost up to half a step per term; floats are exact but for rounding.
+                let tolerance = if integers { 0.5 } else { 1e-4 };
+                let close = product(&map, &x).iter().zip(exact(scales, &x)).all(|(y, exact)| (f64::from(*y) - exact).abs() < tolerance);
+                assert!(close, "{} {scales:?}", format.layout().name);
+            }
+        }
+    }
+
+    #[test]
+    fn vectors_are_no_matrices() {
+        let vector = Parameter::owned("w", vec![4], &crate::quant::F32, vec![0; 16]).unwrap();
+        assert!(Linear::dense("w", &vector).err().unwrap().to_string().contains("[4]"));
     }
 }

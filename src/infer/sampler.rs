@@ -91,7 +91,8 @@ impl Sampler {
     fn weigh(&mut self, logits: &[f32], top: f64) {
         let weight = |logit: f32| ((f64::from(logit) - top) / self.config.temperature).exp();
         self.candidates.clear();
-        self.candidates.extend(logits.iter().enumerate().map(|(id, &logit)| (id as u32, weight(logit))).filter(|(_, weight)| *weight > 0.0));
+        self.candidates
+            .extend(logits.iter().enumerate().map(|(id, &logit)| (id as u32, weight(logit))).filter(|(_, weight)| *weight > 0.0));
         self.candidates.sort_unstable_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
         if self.config.top_k > 0 {
             self.candidates.truncate(self.config.top_k);

@@ -70,7 +70,7 @@ impl<'e> Session<'e> {
     /// When the sequence would outgrow its capacity or an id is beyond the vocabulary; the sequence then stays as it was.
     pub fn hidden(&mut self, ids: &[u32]) -> Result<Vec<f32>> {
         let mut hidden = Vec::with_capacity(ids.len() * self.engine.spec().dim);
-        self.run(ids, |rows| hidden.extend_from_slice(rows))?;
+        on_pool(|| self.run(ids, |rows| hidden.extend_from_slice(rows)))?;
         Ok(hidden)
     }
 
@@ -82,13 +82,15 @@ impl<'e> Session<'e> {
         if ids.is_empty() {
             return Err(Error::input("prompt", "has no tokens").fix("give at least one"));
         }
-        let dim = self.engine.spec().dim;
-        let mut last = vec![];
-        self.run(ids, |rows| {
-            last.clear();
-            last.extend_from_slice(&rows[rows.len() - dim..]);
-        })?;
-        Ok(self.engine.logits(&last))
+        let engine = self.engine;
+        on_pool(|| {
+            let mut last = vec![];
+            self.run(ids, |rows| {
+                last.clear();
+                last.extend_from_slice(&rows[rows.len() - engine.spec().dim..]);
+            })?;
+            Ok(engine.logits(&last))
+        })
     }
 
     /// Appends `ids` and returns the logits after each of them, `[ids, vocab]`; for sequences whose logits fit in memory.
@@ -130,6 +132,12 @@ impl<'e> Session<'e> {
             None => Ok(()),
         }
     }
+}
+
+/// Runs `work` on a thread of the pool: a parallel kernel called from there starts at once, while one called from any other thread would
+/// put that thread to sleep and wake it again, for each of a token's many products.
+fn on_pool<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    rayon::scope(|_| work())
 }
 
 #[cfg(test)]

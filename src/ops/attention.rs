@@ -34,7 +34,7 @@ fn fused<'a>(
     let [q, k, v] = inputs.map(Var::tensor);
     let (mut o, mut log_sum_exp) = (buffer(q.elem_count()), buffer(shape.batch * shape.heads * shape.tokens));
     let view = starts.as_ref().map(|s| s.as_slice());
-    attention_forward(shape, scale, &*host(q)?, &*host(k)?, &*host(v)?, view, &mut o, &mut log_sum_exp);
+    attention_forward(shape, scale, &host(q)?, &host(k)?, &host(v)?, view, &mut o, &mut log_sum_exp);
     let o = from_vec(o, q.shape())?;
     let (kept, saved) = (o.clone(), inputs.map(Clone::clone));
     let [o] = tape.record(&inputs, [o], move |flow, [d_o]| {

@@ -25,12 +25,12 @@ pub fn ternary_linear<'a>(tape: &Tape<'a>, x: &Var, weight: &Var) -> Result<Var>
 fn fused<'a, const N: usize>(tape: &Tape<'a>, x: &Var, weights: [&Var; N]) -> Result<[Var; N]> {
     let (rows, width) = x.tensor().dims2()?;
     let (mut codes, mut gammas) = (vec![0i8; rows * width], buffer(rows));
-    quantize_activations(&*host(x.tensor())?, width, &mut codes, &mut gammas);
+    quantize_activations(&host(x.tensor())?, width, &mut codes, &mut gammas);
     let mut packed = Vec::with_capacity(N);
     let mut outputs = Vec::with_capacity(N);
     for weight in weights {
         let out = weight.tensor().dim(0)?;
-        let matrix = PackedTernary::from_weights(&*host(weight.tensor())?, out, width);
+        let matrix = PackedTernary::from_weights(&host(weight.tensor())?, out, width);
         let mut y = buffer(rows * out);
         ternary_matmul(&codes, &gammas, &matrix, &mut y);
         outputs.push(from_vec(y, (rows, out))?);

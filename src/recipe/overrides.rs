@@ -93,7 +93,7 @@ fn put_into<'i>(
         DeValue::Array(items) => {
             let [index, rest @ ..] = path else { return Ok(()) };
             let count = items.len();
-            let item = index.parse().ok().and_then(|index: usize| items.iter_mut().nth(index));
+            let item = index.parse().ok().and_then(|index: usize| items.get_mut(index));
             let item =
                 item.ok_or_else(|| format!("`{name}` is a list of {count}, `{index}` is not the number of an element (the first is 0)"))?;
             if rest.is_empty() {

@@ -193,7 +193,7 @@ fn evaluation_record(step: u64, evaluation: &Evaluation) -> Record {
     }
     record.put("kurtosis_mean", statistics.kurtosis_mean());
     for (layer, kurtosis) in statistics.stream_kurtosis().into_iter().enumerate() {
-        record.put(&format!("kurtosis_{layer:02}"), kurtosis);
+        record.put(format!("kurtosis_{layer:02}"), kurtosis);
     }
     record.put("largest_activation", f64::from(statistics.largest_in_stream()));
     record.put("largest_ratio_inside", f64::from(statistics.largest_ratio_inside()));

@@ -35,6 +35,18 @@ pub fn gradients(
     reference: bool,
     gradients: &mut GradientBuffers,
 ) -> Result<f64> {
+    // On a thread of the pool, so that no kernel call has to wake another thread and put this one to sleep.
+    rayon::scope(|_| accumulate(decoder, parameters, batches, z_loss, reference, gradients))
+}
+
+fn accumulate(
+    decoder: &Decoder,
+    parameters: &Parameters,
+    batches: &[Arc<Batch>],
+    z_loss: f32,
+    reference: bool,
+    gradients: &mut GradientBuffers,
+) -> Result<f64> {
     gradients.reset();
     let total = weight(batches);
     if total == 0.0 {
@@ -110,7 +122,7 @@ fn run(
     measure: bool,
 ) -> Result<StepReport> {
     let mut slices = slices(parameters, values, slopes);
-    if measure { optimizer.step_measured(step, &mut slices) } else { optimizer.step(step, &mut slices) }
+    rayon::scope(|_| if measure { optimizer.step_measured(step, &mut slices) } else { optimizer.step(step, &mut slices) })
 }
 
 /// Cuts the flat buffers at the parameters' offsets; the result is in the order of the registry.

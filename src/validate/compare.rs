@@ -30,7 +30,13 @@ pub struct Options {
 ///
 /// # Errors
 /// When the two do not have the same vocabulary, or as [`evaluate`](super::evaluate()).
-pub fn compare(artifact: &Engine, reference: &Engine, documents: &[Document], options: &Options, mut progress: impl FnMut(usize)) -> Result<Report> {
+pub fn compare(
+    artifact: &Engine,
+    reference: &Engine,
+    documents: &[Document],
+    options: &Options,
+    mut progress: impl FnMut(usize),
+) -> Result<Report> {
     check_vocabularies(artifact, reference)?;
     let mut sessions = [session_for(artifact, documents, options.cache)?, session_for(reference, documents, Format::F32)?];
     let mut totals = Totals::default();
@@ -57,7 +63,8 @@ pub fn compare(artifact: &Engine, reference: &Engine, documents: &[Document], op
 fn check_vocabularies(artifact: &Engine, reference: &Engine) -> Result<()> {
     let (ours, theirs) = (artifact.spec().vocab, reference.spec().vocab);
     if ours != theirs {
-        return Err(Error::input("reference", format!("has {theirs} tokens, the artifact {ours}")).fix("compare with the model it was exported from"));
+        return Err(Error::input("reference", format!("has {theirs} tokens, the artifact {ours}"))
+            .fix("compare with the model it was exported from"));
     }
     Ok(())
 }

@@ -121,7 +121,10 @@ mod tests {
         let documents = read(&path, &separated("<e>"), &Tokenizer::byte(), 5).unwrap();
         let text = |document: &Document| Tokenizer::byte().decode(&document.ids).unwrap();
         assert_eq!(documents.iter().map(text).collect::<Vec<_>>(), ["one", "two "]);
-        assert_eq!(documents.iter().map(|d| (d.predicted(), d.predicted_bytes, d.is_cut)).collect::<Vec<_>>(), [(3, 3, false), (4, 4, true)]);
+        assert_eq!(
+            documents.iter().map(|d| (d.predicted(), d.predicted_bytes, d.is_cut)).collect::<Vec<_>>(),
+            [(3, 3, false), (4, 4, true)]
+        );
         let one = Protocol { max_documents: Some(1), ..separated("<e>") };
         assert_eq!(read(&path, &one, &Tokenizer::byte(), 5).unwrap().len(), 1);
         assert_eq!(texts(&path, &Protocol::default()).unwrap().len(), 1);

@@ -5,6 +5,8 @@
 //! | f32, f16, bf16, hf | 0.001 | 0.001 | 99.5% | 2% |
 //! | tq1_0, tq2_0 | 0.001 | 0.001 | 99% | 2% |
 //! | q8_0 | 0.01 | 0.01 | 97% | 5% |
+//! | q6_k | 0.02 | 0.02 | 95% | 5% |
+//! | q4_k | 0.10 | 0.10 | 85% | 15% |
 //! | q4_0 | 0.15 | 0.15 | 80% | 20% |
 //!
 //! A ternary file holds the very integers of the training forward, so only its embedding and head, in f16, may differ.
@@ -26,10 +28,15 @@ pub struct Limits {
 }
 
 impl Limits {
+    /// For a ternary model written as dense weights: engines run those with unrounded activations, which training never saw.
+    pub const DEQUANTIZED_TERNARY: Self = Self { nll_gap: 0.01, kl_mean: 0.005, top1_agreement: 0.97, skill_loss: 0.05 };
+
     /// The defaults for an artifact whose block matrices are stored as `format`.
     pub fn of(format: &str) -> Self {
         match format {
             "q8_0" => Self { nll_gap: 0.01, kl_mean: 0.01, top1_agreement: 0.97, skill_loss: 0.05 },
+            "q6_k" => Self { nll_gap: 0.02, kl_mean: 0.02, top1_agreement: 0.95, skill_loss: 0.05 },
+            "q4_k" => Self { nll_gap: 0.10, kl_mean: 0.10, top1_agreement: 0.85, skill_loss: 0.15 },
             "q4_0" => Self { nll_gap: 0.15, kl_mean: 0.15, top1_agreement: 0.80, skill_loss: 0.20 },
             "tq1_0" | "tq2_0" => Self { nll_gap: 0.001, kl_mean: 0.001, top1_agreement: 0.99, skill_loss: 0.02 },
             _ => Self { nll_gap: 0.001, kl_mean: 0.001, top1_agreement: 0.995, skill_loss: 0.02 },

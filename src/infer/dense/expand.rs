@@ -245,7 +245,9 @@ mod avx512 {
                 Code::F32 => [_mm512_loadu_ps(codes.cast()), _mm512_loadu_ps(codes.add(2 * PANEL).cast())],
                 Code::F16 => halves(codes),
                 Code::Bf16 => {
-                    let wide = |from: *const u8| _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()))));
+                    let wide = |from: *const u8| {
+                        _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()))))
+                    };
                     [wide(codes), wide(codes.add(PANEL))]
                 }
                 Code::Int8 => {

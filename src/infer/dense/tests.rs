@@ -34,7 +34,13 @@ fn products_have_the_bits_of_the_decoded_matrix() {
             for rows in [1, 2, 13] {
                 let x = normal(2, rows * inputs);
                 let mut expected = vec![0.0; rows * outputs];
-                gemm(Matrix::row_major(&x, rows, inputs), &Matrix::row_major(&decoded, outputs, inputs).transposed(), &mut expected, outputs, false);
+                gemm(
+                    Matrix::row_major(&x, rows, inputs),
+                    &Matrix::row_major(&decoded, outputs, inputs).transposed(),
+                    &mut expected,
+                    outputs,
+                    false,
+                );
                 for (isa, y) in on_every_isa(|| {
                     let mut y = vec![f32::NAN; rows * outputs];
                     matrix.multiply(&x, &mut y);

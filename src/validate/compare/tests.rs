@@ -35,7 +35,8 @@ fn figures_match_the_logits_of_both() {
     let report = compare(&exported.engine(), &Artifact::checkpoint(&spec, &masters).engine(), &documents, &options(), |_| {}).unwrap();
     let (mut kl, mut agreed, mut worst) = (0.0, 0.0, 0.0);
     for document in &documents {
-        let [before, after] = [(&spec, &masters), (&stored_spec, &stored)].map(|(spec, weights)| training_logits(spec, weights, &document.ids));
+        let [before, after] =
+            [(&spec, &masters), (&stored_spec, &stored)].map(|(spec, weights)| training_logits(spec, weights, &document.ids));
         for (before, after) in before.chunks(spec.vocab).zip(after.chunks(spec.vocab)).take(document.predicted()) {
             let [p, q] = [before, after].map(|row| {
                 let sum: f64 = row.iter().map(|z| f64::from(*z).exp()).sum();
@@ -58,15 +59,28 @@ fn figures_match_the_logits_of_both() {
 #[test]
 fn limits_decide_and_say_what_fell_short() {
     let spec = dense();
-    let (artifact, reference) = (Artifact::checkpoint(&spec, &weights(&spec, 3)).engine(), Artifact::checkpoint(&spec, &weights(&spec, 4)).engine());
+    let (artifact, reference) =
+        (Artifact::checkpoint(&spec, &weights(&spec, 3)).engine(), Artifact::checkpoint(&spec, &weights(&spec, 4)).engine());
     let report = compare(&artifact, &reference, &documents(spec.vocab), &options(), |_| {}).unwrap();
     assert_eq!(report.verdict, Verdict::Fail);
-    assert!(report.failures.iter().any(|failure| failure.contains("divergence")) && report.failures.iter().any(|failure| failure.contains("likeliest")));
+    assert!(
+        report.failures.iter().any(|failure| failure.contains("divergence"))
+            && report.failures.iter().any(|failure| failure.contains("likeliest"))
+    );
     let lenient = Limits { nll_gap: 100.0, kl_mean: 100.0, top1_agreement: 0.0, skill_loss: 1.0 };
     let report = compare(&artifact, &reference, &documents(spec.vocab), &Options { limits: Some(lenient), ..options() }, |_| {}).unwrap();
     assert_eq!(report.verdict, Verdict::Pass);
     let json = serde_json::to_value(&report).unwrap();
-    for key in ["reference_nll_per_token", "nll_per_token", "perplexity", "bits_per_byte", "tokens", "kl_mean", "top1_agreement", "bits_per_weight"] {
+    for key in [
+        "reference_nll_per_token",
+        "nll_per_token",
+        "perplexity",
+        "bits_per_byte",
+        "tokens",
+        "kl_mean",
+        "top1_agreement",
+        "bits_per_weight",
+    ] {
         assert!(json[key].is_number(), "{key}");
     }
     assert_eq!(json["verdict"], "pass");
