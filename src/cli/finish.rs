@@ -11,7 +11,7 @@ use crate::infer::sampler::Config;
 use crate::model::LinearKind;
 use crate::recipe::Assembled;
 use crate::train::Outcome;
-use crate::validate::{Document, Limits, Options, Report, Verdict, compare};
+use crate::validate::{Document, Limits, Options, Report, SkillPair, Verdict, compare};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 
@@ -39,6 +39,7 @@ pub(super) fn run(assembled: &Assembled, outcome: &Outcome, json: Option<&Path>,
         export::show(&export::artifact(&outcome.checkpoint, target, &path)?, printer)?;
         if let Some(report) = validate(assembled, &outcome.checkpoint, target, &path)? {
             model::show(&report, printer)?;
+            show_chance(assembled, &report, printer)?;
             reports.push(report);
         }
     }
@@ -98,6 +99,13 @@ fn validate(assembled: &Assembled, checkpoint: &Path, target: Target, path: &Pat
     let limits = (assembled.setup.spec.linear == LinearKind::Ternary && !target.packs_ternary()).then_some(Limits::DEQUANTIZED_TERNARY);
     let options = Options { worst: 10, probes, limits, ..Options::default() };
     compare(&artifact, &reference, &documents, &options, |_| ()).map(Some)
+}
+
+/// What a model scores that knows the form of a skill's documents but not the skill.
+fn show_chance(assembled: &Assembled, report: &Report, printer: &Printer) -> Result<()> {
+    let Some(config) = builtin_source(assembled).filter(|_| !report.skills.is_empty()) else { return Ok(()) };
+    let chance = |pair: &SkillPair| format!("{} {:.1}%", pair.skill.name(), pair.skill.chance(config) * 100.0);
+    printer.data(format!("chance: {}", report.skills.iter().map(chance).collect::<Vec<_>>().join(", ")))
 }
 
 fn builtin_source(assembled: &Assembled) -> Option<&builtin::Config> {

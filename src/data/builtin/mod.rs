@@ -181,7 +181,7 @@ mod tests {
         assert_eq!(probes, skill_probes(&config, 5, 100));
         assert!(skill_probes(&config, 6, 100) != probes);
         let recall: String = (0..).map(|index| config.document(index)).find(|text| text.starts_with("recall")).unwrap();
-        assert_eq!(recall.matches(';').count(), config.pairs + 1);
+        assert_eq!(recall.matches(';').count(), 1 + 3 * config.pairs);
         assert!(
             (Skill::Recall.chance(&config) - 0.25).abs() < 1e-9 && Skill::Copy.chance(&config) < 1e-5 && Skill::Sum.chance(&config) == 0.1
         );

@@ -83,14 +83,20 @@ fn probe(skill: Skill, config: &Config, random: &mut Random) -> Probe {
     Probe { skill, prompt, answer }
 }
 
+/// How often a document of recall asks for every key of its list. The list itself cannot be predicted, so most of what can be learned
+/// from a document are its answers.
+const ROUNDS: usize = 3;
+
 /// A document of one skill: one list asked for every key, or several copies or sums.
 pub(super) fn document(skill: Skill, config: &Config, random: &mut Random) -> String {
     if skill == Skill::Recall {
         let mut pairs = pairs(config, random);
         let mut text = format!("recall: {};", listed(&pairs));
-        random.shuffle(&mut pairs);
-        for (key, value) in pairs {
-            write!(text, " {key} {value};").expect("writing to a string cannot fail");
+        for _ in 0..ROUNDS {
+            random.shuffle(&mut pairs);
+            for (key, value) in &pairs {
+                write!(text, " {key} {value};").expect("writing to a string cannot fail");
+            }
         }
         return text;
     }
