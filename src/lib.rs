@@ -1,7 +1,8 @@
 //! Osprey trains language models that stay good when they are quantized, and proves it.
 //!
 //! Data flows `recipe -> data -> model (ops on the tape) -> optim -> train -> checkpoint -> quant -> export -> infer -> validate`;
-//! code imports only leftwards in the order of the modules below (`tests/layering.rs` checks it).
+//! code imports only leftwards in the order `error | ops, tape | data | model | optim | checkpoint | quant | export | train | infer |
+//! validate | recipe | cli` (`tests/layering.rs` checks it).
 
 pub mod checkpoint;
 pub mod cli;

@@ -244,9 +244,14 @@ fn mistakes_in_evaluation_are_refused() {
 fn mistakes_in_generation_and_export_are_refused() {
     let sandbox = models();
     let generate = |options: &[&str]| sandbox.osprey(&[&["generate", "model.gguf"], options].concat());
-    for (option, value) in
-        [("--temperature", "-1"), ("--temperature", "NaN"), ("--temperature", "inf"), ("--top-p", "0"), ("--top-p", "NaN"), ("--min-p", "1.5")]
-    {
+    for (option, value) in [
+        ("--temperature", "-1"),
+        ("--temperature", "NaN"),
+        ("--temperature", "inf"),
+        ("--top-p", "0"),
+        ("--top-p", "NaN"),
+        ("--min-p", "1.5"),
+    ] {
         let ran = generate(&["--prompt", "a", &format!("{option}={value}")]);
         assert_eq!(ran.code, Some(2), "{}", ran.err);
         assert!(ran.err.contains(option.trim_start_matches('-')) && ran.out.is_empty(), "{option}={value}: {}{}", ran.out, ran.err);

@@ -39,7 +39,10 @@ pub(super) fn session(assembled: &Assembled, resume: &str, pause_at: Option<u64>
     let saved = find(assembled, resume, printer)?;
     let (state, position) = match &saved {
         Some(saved) => {
-            saved.differences(setup.threads, &crate::ops::cpu::isa::isa().to_string()).iter().for_each(|difference| printer.warn(difference));
+            saved
+                .differences(setup.threads, &crate::ops::cpu::isa::isa().to_string())
+                .iter()
+                .for_each(|difference| printer.warn(difference));
             printer.note(format!("resuming from {}", saved.dir().display()));
             (State::resume(setup, saved)?, Some(cursor(saved)?))
         }
