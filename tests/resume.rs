@@ -117,7 +117,8 @@ fn the_number_of_threads_changes_no_bit() {
             sandbox.train(&[&overrides[..], &own.each_ref().map(String::as_str)].concat()).done();
         }
         for threads in ["2", "3"] {
-            let same = sandbox.read("threads-1/step-000004/model.safetensors") == sandbox.read(&format!("threads-{threads}/step-000004/model.safetensors"));
+            let same = sandbox.read("threads-1/step-000004/model.safetensors")
+                == sandbox.read(&format!("threads-{threads}/step-000004/model.safetensors"));
             assert!(same, "{name}: one thread and {threads} differ");
             assert_eq!(sandbox.metrics("threads-1"), sandbox.metrics(&format!("threads-{threads}")), "{name}");
         }
@@ -143,7 +144,9 @@ fn the_instruction_set_is_recorded_and_a_change_is_told() {
 
 #[test]
 fn a_step_may_be_cut_into_micro_batches_in_any_way() {
-    for (name, overrides, tolerance) in [("dense", vec![], 1e-5), ("osp", vec!["model.face=osp"], 1e-5), ("ternary", TERNARY.to_vec(), 2e-3)] {
+    for (name, overrides, tolerance) in
+        [("dense", vec![], 1e-5), ("osp", vec!["model.face=osp"], 1e-5), ("ternary", TERNARY.to_vec(), 2e-3)]
+    {
         let sandbox = Sandbox::new();
         for (rows, accumulate) in [(8, 1), (4, 2), (2, 4), (1, 8)] {
             let own = [format!("train.batch={rows}"), format!("train.accumulate={accumulate}"), format!("run.dir=rows-{rows}")];

@@ -4,8 +4,8 @@ use super::arguments::Eval;
 use super::printer::Printer;
 use super::{Status, model, start_threads, write_json};
 use crate::error::{Error, Result};
-use crate::infer::kv::Format;
 use crate::infer::Engine;
+use crate::infer::kv::Format;
 use crate::validate::{Place, evaluate, places};
 use std::io::{BufWriter, Write};
 
@@ -19,7 +19,8 @@ pub(super) fn run(command: &Eval, printer: &Printer) -> Result<Status> {
         write_lines(path, &places(&engine, &documents, Format::default())?)?;
     }
     write_json(command.report.json.as_deref(), &found)?;
-    printer.data(format!("nll per token   {:.5} nats over {} tokens of {} documents", found.nll_per_token, found.tokens, found.documents))?;
+    printer
+        .data(format!("nll per token   {:.5} nats over {} tokens of {} documents", found.nll_per_token, found.tokens, found.documents))?;
     printer.data(format!("perplexity      {:.4}", found.perplexity))?;
     printer.data(format!("bits per byte   {:.4}", found.bits_per_byte))?;
     Ok(Status::Done)

@@ -93,7 +93,8 @@ fn validate(assembled: &Assembled, checkpoint: &Path, target: Target, path: &Pat
         return Ok(None);
     }
     let (artifact, reference) = (Engine::load(path)?, Engine::load(checkpoint)?);
-    let probes = builtin_source(assembled).map(|config| skill_probes(config, PROBE_SEED, assembled.recipe.validate.probes)).unwrap_or_default();
+    let probes =
+        builtin_source(assembled).map(|config| skill_probes(config, PROBE_SEED, assembled.recipe.validate.probes)).unwrap_or_default();
     // Engines run a dequantized ternary model with unrounded activations: another arithmetic than it was trained with.
     let limits = (assembled.setup.spec.linear == LinearKind::Ternary && !target.packs_ternary()).then_some(Limits::DEQUANTIZED_TERNARY);
     let options = Options { worst: 10, probes, limits, ..Options::default() };
@@ -108,7 +109,12 @@ fn builtin_source(assembled: &Assembled) -> Option<&builtin::Config> {
 fn held_out(assembled: &Assembled) -> Vec<Document> {
     let wanted = assembled.recipe.validate.documents;
     let context = assembled.setup.spec.context;
-    assembled.dataset.held_out_documents(wanted).into_iter().filter_map(|ids| Document::from_ids(ids, context, &assembled.dataset.tokenizer)).collect()
+    assembled
+        .dataset
+        .held_out_documents(wanted)
+        .into_iter()
+        .filter_map(|ids| Document::from_ids(ids, context, &assembled.dataset.tokenizer))
+        .collect()
 }
 
 fn sample(assembled: &Assembled, folder: &Path, outcome: &Outcome, printer: &Printer) -> Result<()> {

@@ -21,7 +21,12 @@ pub(super) fn show(report: &Report, printer: &Printer) -> Result<()> {
     let (found, limits) = (&report.evaluation, &report.limits);
     let gap = found.nll_per_token - report.reference_nll_per_token;
     let mut rows = vec![
-        row("loss, nats per token", &[report.reference_nll_per_token, found.nll_per_token], 5, format!("rise {gap:+.5}, at most {}", limits.nll_gap)),
+        row(
+            "loss, nats per token",
+            &[report.reference_nll_per_token, found.nll_per_token],
+            5,
+            format!("rise {gap:+.5}, at most {}", limits.nll_gap),
+        ),
         row("perplexity", &[report.reference_nll_per_token.exp(), found.perplexity], 4, String::new()),
         row("mean KL, nats", &[0.0, report.kl_mean], 6, format!("at most {}", limits.kl_mean)),
         row("same likeliest token, %", &[100.0, report.top1_agreement * 100.0], 3, format!("at least {}", limits.top1_agreement * 100.0)),
@@ -45,7 +50,10 @@ pub(super) fn show(report: &Report, printer: &Printer) -> Result<()> {
     ))?;
     if let Some(worst) = report.worst_tokens.first().filter(|worst| worst.kl > 1e-4) {
         let place = format!("document {} position {}", worst.document + 1, worst.position);
-        printer.data(format!("worst token: {:?} at {place}: loss {:.4} -> {:.4}, KL {:.5}", worst.text, worst.reference_nll, worst.nll, worst.kl))?;
+        printer.data(format!(
+            "worst token: {:?} at {place}: loss {:.4} -> {:.4}, KL {:.5}",
+            worst.text, worst.reference_nll, worst.nll, worst.kl
+        ))?;
     }
     report.failures.iter().try_for_each(|failure| printer.data(format!("fell short: {failure}")))?;
     printer.data(if report.verdict == Verdict::Pass { "verdict: pass" } else { "verdict: fail" })

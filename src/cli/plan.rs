@@ -92,5 +92,6 @@ fn show(plan: &Plan, printer: &Printer) -> Result<()> {
     let measured = plan.measured_peak_bytes.map_or_else(String::new, |bytes| format!(", peak of this process {}", megabytes(bytes as f64)));
     printer.data(format!("training memory      {} estimated{measured}", megabytes(plan.estimated_training_bytes as f64)))?;
     let minutes = plan.run_seconds / 60.0;
-    printer.data(format!("time                 {:.3} s per step measured, {minutes:.1} min for the run without evaluation", plan.step_seconds))
+    printer
+        .data(format!("time                 {:.3} s per step measured, {minutes:.1} min for the run without evaluation", plan.step_seconds))
 }

@@ -87,13 +87,18 @@ pub fn config_json(spec: &Spec, ids: SpecialIds) -> Value {
 /// # Errors
 /// When the text is not a configuration, or describes something that [`Spec`] cannot.
 pub fn read_config(text: &str, path: &Path) -> Result<(Spec, SpecialIds)> {
-    let value: Value = serde_json::from_str(text).map_err(|error| Error::file(path, format!("is not JSON: {error}")).fix("copy or download it again"))?;
+    let value: Value =
+        serde_json::from_str(text).map_err(|error| Error::file(path, format!("is not JSON: {error}")).fix("copy or download it again"))?;
     let Value::Object(map) = value else {
         return Err(Error::file(path, "is not a JSON object").fix("copy or download it again"));
     };
     let config = Config { map: &map, path };
     let spec = match map.get("osprey") {
-        Some(own) => config.own_spec(own)?,
+        Some(own) => {
+            // Refuses packed weights, which the exact spec says nothing of.
+            config.linear("")?;
+            config.own_spec(own)?
+        }
         None => config.foreign_spec()?,
     };
     check_spec(&spec, &path.display().to_string())?;

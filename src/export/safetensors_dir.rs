@@ -128,8 +128,10 @@ pub fn read_file(path: &Path) -> Result<BTreeMap<String, Parameter>> {
     let mut tensors = BTreeMap::new();
     for name in metadata.offset_keys() {
         let info = metadata.info(&name).expect("the name comes from the same table");
-        let format = float_format(info.dtype)
-            .ok_or_else(|| Error::file(path, format!("{name} is stored as {:?}; F32, F16 and BF16 can be read", info.dtype)).fix("convert it to one of them"))?;
+        let format = float_format(info.dtype).ok_or_else(|| {
+            Error::file(path, format!("{name} is stored as {:?}; F32, F16 and BF16 can be read", info.dtype))
+                .fix("convert it to one of them")
+        })?;
         let start = 8 + header;
         let range = start + info.data_offsets.0..start + info.data_offsets.1;
         // A scalar counts as one row of one weight.

@@ -144,7 +144,9 @@ impl Config {
         ];
         for (key, value, most) in sizes {
             if let Some(value) = value.filter(|value| !(1..=most).contains(value)) {
-                return Err(Error::input(format!("model.{key}"), format!("{value} is outside 1 to {most}")).fix("give a number in that range"));
+                return Err(
+                    Error::input(format!("model.{key}"), format!("{value} is outside 1 to {most}")).fix("give a number in that range")
+                );
             }
         }
         Ok(())

@@ -1,7 +1,6 @@
 //! Storage formats for weights: how a row of f32 becomes bytes and back. Layouts are those of ggml (`ggml-common.h`), so that
 //! other engines read what is written here. A format knows rows, not tensors; containers are `export`'s.
 
-pub mod simulate;
 mod bf16;
 mod f16;
 mod f32;
@@ -9,6 +8,7 @@ mod q4_0;
 mod q4_k;
 mod q6_k;
 mod q8_0;
+pub mod simulate;
 mod ternary;
 mod tq1_0;
 mod tq2_0;

@@ -1,8 +1,8 @@
 //! From a recipe to a run: opens the data, resolves the model, and gathers what the training loop needs.
 
 use super::{Recipe, to_toml};
-use crate::data::{Batch, Cursor, Dataset, Loader};
 use crate::data::loader::Shape;
+use crate::data::{Batch, Cursor, Dataset, Loader};
 use crate::error::{Error, Result};
 use crate::export::config::SpecialIds;
 use crate::model::{Spec, flops};
@@ -126,7 +126,9 @@ pub fn device(name: &str) -> Result<Device> {
         return Err(Error::input("--device", format!("there is no device `{name}`")).fix("give cpu or cuda:N"));
     };
     if !cfg!(feature = "cuda") {
-        return Err(Error::input("--device", "this osprey was built without CUDA").fix("build with `cargo build --release --features cuda`"));
+        return Err(
+            Error::input("--device", "this osprey was built without CUDA").fix("build with `cargo build --release --features cuda`")
+        );
     }
     Device::new_cuda(ordinal).map_err(|error| Error::input("--device", format!("{name} cannot be opened: {error}")))
 }

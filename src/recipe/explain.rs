@@ -58,7 +58,8 @@ fn unknown_choice(path: &str, message: &str) -> Explained {
 
 fn two_choices(path: &str) -> Explained {
     let key = path.rsplit('.').next().unwrap_or_default();
-    let fix = format!("keep one of its keys; to replace the recipe's choice, write `--set '{path}={{ choice = ... }}'`, all of `{key}` at once");
+    let fix =
+        format!("keep one of its keys; to replace the recipe's choice, write `--set '{path}={{ choice = ... }}'`, all of `{key}` at once");
     Explained { cause: format!("{} makes two choices at once", subject(path)), fix: Some(fix) }
 }
 

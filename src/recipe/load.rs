@@ -196,9 +196,15 @@ mod tests {
     #[test]
     fn wrong_types_say_what_was_expected_and_found() {
         let message = refusal(&format!("{GOOD}[optim]\nsteps = 'ten'\n"), &[]);
-        assert_eq!(message, "r.toml:4:9: `optim.steps` is the string \"ten\", expected a whole number that is not negative | give a whole number that is not negative");
+        assert_eq!(
+            message,
+            "r.toml:4:9: `optim.steps` is the string \"ten\", expected a whole number that is not negative | give a whole number that is not negative"
+        );
         let message = refusal(&format!("{GOOD}[optim]\nsteps = -1\n"), &[]);
-        assert_eq!(message, "r.toml:4:9: `optim.steps` is the integer -1, expected a whole number that is not negative | give a whole number that is not negative");
+        assert_eq!(
+            message,
+            "r.toml:4:9: `optim.steps` is the integer -1, expected a whole number that is not negative | give a whole number that is not negative"
+        );
         let message = refusal(GOOD, &["optim.fused=1"]);
         assert_eq!(message, "--set optim.fused=1: `optim.fused` is the integer 1, expected true or false | give true or false");
         let message = refusal(GOOD, &["optim=3"]);

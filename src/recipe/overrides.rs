@@ -102,7 +102,9 @@ fn put_into<'i>(
             }
             put_into(item, index, rest, value, span)
         }
-        other => Err(format!("`{name}` is a single {} in the recipe, it has no keys of its own; set all of `{name}` at once", other.type_str())),
+        other => {
+            Err(format!("`{name}` is a single {} in the recipe, it has no keys of its own; set all of `{name}` at once", other.type_str()))
+        }
     }
 }
 

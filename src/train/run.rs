@@ -116,7 +116,13 @@ impl Run<'_> {
         &self.setup.train
     }
 
-    fn step(&mut self, state: &mut State, batches: &[Arc<Batch>], gradients: &mut GradientBuffers, monitor: &mut dyn Monitor) -> Result<()> {
+    fn step(
+        &mut self,
+        state: &mut State,
+        batches: &[Arc<Batch>],
+        gradients: &mut GradientBuffers,
+        monitor: &mut dyn Monitor,
+    ) -> Result<()> {
         let z_loss = self.config().z_loss;
         let loss = step::gradients(self.decoder, &state.parameters, batches, z_loss, self.setup.reference, gradients)?;
         let number = state.step + 1;

@@ -78,7 +78,8 @@ impl GgufFile {
         // SAFETY: the map is read-only and private to this process; like every user of memory maps we rely on nobody truncating the file
         // meanwhile, and all reads go through slices bounded by the length at this moment.
         let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", path))?;
-        let (version, metadata, tensors) = Reader { bytes: &map, at: 0 }.tables().map_err(|cause| Error::file(path, cause).fix("copy, download or export it again"))?;
+        let (version, metadata, tensors) =
+            Reader { bytes: &map, at: 0 }.tables().map_err(|cause| Error::file(path, cause).fix("copy, download or export it again"))?;
         Ok(Self { path: path.to_owned(), version, metadata, tensors, map: Arc::new(map) })
     }
 
