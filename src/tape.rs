@@ -188,8 +188,7 @@ impl<'a> Tape<'a> {
                 }
             }
             inner.run(&mut nested, |_, _| Ok(()))?;
-            let collected: Vec<_> =
-                leaves.iter().map(|leaf| if let Origin::Node(i) = leaf.origin { nested.take(i) } else { None }).collect();
+            let collected: Vec<_> = leaves.iter().map(|leaf| if let Origin::Node(i) = leaf.origin { nested.take(i) } else { None }).collect();
             for (input, gradient) in saved.iter().zip(collected) {
                 if let (Origin::Node(_), Some(gradient)) = (input.origin, gradient) {
                     flow.add(input, gradient)?;

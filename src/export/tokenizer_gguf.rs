@@ -325,9 +325,7 @@ mod tests {
 
     #[test]
     fn every_tokenizer_made_here_travels_and_returns() {
-        for tokenizer in
-            [Tokenizer::byte(), Tokenizer::character(TEXT.chars()).unwrap(), Tokenizer::train_bpe(&[TEXT.repeat(3)], 280).unwrap()]
-        {
+        for tokenizer in [Tokenizer::byte(), Tokenizer::character(TEXT.chars()).unwrap(), Tokenizer::train_bpe(&[TEXT.repeat(3)], 280).unwrap()] {
             let mut metadata = keys(&tokenizer);
             assert_eq!(metadata.get("tokenizer.ggml.pre").unwrap().as_str(), Some("gpt-2"));
             assert_eq!(metadata.get("tokenizer.ggml.tokens").unwrap().items().unwrap().len(), tokenizer.vocabulary() + 3);

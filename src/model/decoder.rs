@@ -100,7 +100,13 @@ impl Decoder {
     }
 
     /// What the head reads, `[batch * tokens, dim]`: the final norm of the stream, through EmbProj's second map where there is one.
-    pub fn hidden<'a>(&self, tape: &Tape<'a>, parameters: &Parameters, inputs: &Inputs, observer: Option<&dyn Observer>) -> Result<Var> {
+    pub fn hidden<'a>(
+        &self,
+        tape: &Tape<'a>,
+        parameters: &Parameters,
+        inputs: &Inputs,
+        observer: Option<&dyn Observer>,
+    ) -> Result<Var> {
         let pass = Pass { decoder: self, parameters, inputs, observer };
         let mut stream = pass.embed(tape)?;
         for layer in 0..self.spec.layers {

@@ -160,8 +160,11 @@ impl GradientBuffers {
     /// Buffers for `parameters`.
     pub fn new(parameters: &Parameters) -> Result<Self> {
         let flat = parameters.flat.zeros_like()?;
-        let views =
-            parameters.list.iter().map(|p| Ok(flat.narrow(0, p.offset, p.len())?.reshape(p.shape.clone())?)).collect::<Result<Vec<_>>>()?;
+        let views = parameters
+            .list
+            .iter()
+            .map(|p| Ok(flat.narrow(0, p.offset, p.len())?.reshape(p.shape.clone())?))
+            .collect::<Result<Vec<_>>>()?;
         Ok(Self { flat, holds: vec![false; views.len()], views, finished: vec![] })
     }
 

@@ -108,10 +108,8 @@ impl Observer for Statistics {
         let width = value.dim(1)?;
         let rows = host(&value)?;
         // Rows are merged in order within fixed chunks and chunks in order, so the sums do not depend on the number of threads.
-        let chunks: Vec<Moments> = rows
-            .par_chunks(64 * width)
-            .map(|chunk| chunk.chunks(width).map(Moments::of_row).fold(Moments::default(), Moments::merge))
-            .collect();
+        let chunks: Vec<Moments> =
+            rows.par_chunks(64 * width).map(|chunk| chunk.chunks(width).map(Moments::of_row).fold(Moments::default(), Moments::merge)).collect();
         let mut sites = self.sites.borrow_mut();
         let total = sites.entry(site).or_default();
         *total = chunks.into_iter().fold(*total, Moments::merge);

@@ -14,16 +14,23 @@ pub use super::cpu::attention::AttentionShape;
 
 /// Attends each token to its own document up to itself. `document_starts` holds, for every row of q, the in-row index of the first token
 /// of its document; without it every row of the batch is one document.
-pub fn attention<'a>(tape: &Tape<'a>, shape: AttentionShape, [q, k, v]: [&Var; 3], document_starts: Option<Arc<Vec<u32>>>) -> Result<Var> {
+pub fn attention<'a>(
+    tape: &Tape<'a>,
+    shape: AttentionShape,
+    [q, k, v]: [&Var; 3],
+    document_starts: Option<Arc<Vec<u32>>>,
+) -> Result<Var> {
     let scale = 1.0 / (shape.head_dim as f32).sqrt();
-    if tape.fuses(q.tensor()) {
-        fused(tape, shape, scale, [q, k, v], document_starts)
-    } else {
-        reference(tape, shape, scale, [q, k, v], document_starts)
-    }
+    if tape.fuses(q.tensor()) { fused(tape, shape, scale, [q, k, v], document_starts) } else { reference(tape, shape, scale, [q, k, v], document_starts) }
 }
 
-fn fused<'a>(tape: &Tape<'a>, shape: AttentionShape, scale: f32, inputs: [&Var; 3], starts: Option<Arc<Vec<u32>>>) -> Result<Var> {
+fn fused<'a>(
+    tape: &Tape<'a>,
+    shape: AttentionShape,
+    scale: f32,
+    inputs: [&Var; 3],
+    starts: Option<Arc<Vec<u32>>>,
+) -> Result<Var> {
     let [q, k, v] = inputs.map(Var::tensor);
     let (mut o, mut log_sum_exp) = (buffer(q.elem_count()), buffer(shape.batch * shape.heads * shape.tokens));
     let view = starts.as_ref().map(|s| s.as_slice());
@@ -36,7 +43,9 @@ fn fused<'a>(tape: &Tape<'a>, shape: AttentionShape, scale: f32, inputs: [&Var; 
         let (mut d_q, mut d_k, mut d_v) = (buffer(q.elem_count()), buffer(k.elem_count()), buffer(v.elem_count()));
         let view = starts.as_ref().map(|s| s.as_slice());
         let (q_data, k_data, v_data, o_data, d_o) = (host(q)?, host(k)?, host(v)?, host(&kept)?, host(&d_o)?);
-        attention_backward(shape, scale, &q_data, &k_data, &v_data, &o_data, &log_sum_exp, view, &d_o, &mut d_q, &mut d_k, &mut d_v);
+        attention_backward(
+            shape, scale, &q_data, &k_data, &v_data, &o_data, &log_sum_exp, view, &d_o, &mut d_q, &mut d_k, &mut d_v,
+        );
         flow.add(&saved[0], from_vec(d_q, q.shape())?)?;
         flow.add(&saved[1], from_vec(d_k, k.shape())?)?;
         flow.add(&saved[2], from_vec(d_v, v.shape())?)
@@ -44,7 +53,13 @@ fn fused<'a>(tape: &Tape<'a>, shape: AttentionShape, scale: f32, inputs: [&Var; 
     Ok(o)
 }
 
-fn reference<'a>(tape: &Tape<'a>, shape: AttentionShape, scale: f32, inputs: [&Var; 3], starts: Option<Arc<Vec<u32>>>) -> Result<Var> {
+fn reference<'a>(
+    tape: &Tape<'a>,
+    shape: AttentionShape,
+    scale: f32,
+    inputs: [&Var; 3],
+    starts: Option<Arc<Vec<u32>>>,
+) -> Result<Var> {
     let [q, k, v] = inputs.map(Var::tensor);
     let (qh, kh, vh) = (split(q, shape, shape.heads)?, split_shared(k, shape)?, split_shared(v, shape)?);
     let scores = (qh.matmul(&kh.transpose(2, 3)?)? * f64::from(scale))?.broadcast_add(&mask(shape, starts.as_deref(), q)?)?;

@@ -40,8 +40,7 @@ pub struct Loss {
 pub fn linear_cross_entropy<'a>(tape: &Tape<'a>, x: &Var, weight: &Var, targets: Targets<'_>) -> Result<Loss> {
     let scale = targets.scale;
     let train = tape.records(&[x, weight]);
-    let pass =
-        if tape.fuses(x.tensor()) { fused(x.tensor(), weight, targets, train)? } else { reference(x.tensor(), weight, targets, train)? };
+    let pass = if tape.fuses(x.tensor()) { fused(x.tensor(), weight, targets, train)? } else { reference(x.tensor(), weight, targets, train)? };
     let weighted_nll = pass.nll.iter().zip(targets.weights).map(|(&nll, &w)| f64::from(nll) * f64::from(w)).sum::<f64>();
     let value = Tensor::new((weighted_nll * f64::from(scale)) as f32, x.tensor().device())?;
     let gradients = pass.gradients;

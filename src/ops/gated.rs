@@ -18,11 +18,8 @@ pub fn gated<'a>(tape: &Tape<'a>, function: Gate, gate: &Var, up: &Var) -> Resul
     let (gate, up) = (gate.clone(), up.clone());
     let [y] = tape.record(&inputs, [y], move |flow, [d_y]| {
         let Some(d_y) = d_y else { return Ok(()) };
-        let (d_gate, d_up) = if fused {
-            backward(function, gate.tensor(), up.tensor(), &d_y)?
-        } else {
-            backward_reference(function, gate.tensor(), up.tensor(), &d_y)?
-        };
+        let (d_gate, d_up) =
+            if fused { backward(function, gate.tensor(), up.tensor(), &d_y)? } else { backward_reference(function, gate.tensor(), up.tensor(), &d_y)? };
         flow.add(&gate, d_gate)?;
         flow.add(&up, d_up)
     });

@@ -33,11 +33,7 @@ pub fn linears<'a, const N: usize>(tape: &Tape<'a>, x: &Var, weights: [&Var; N])
         }
         for (weight, gradient) in weights.iter().zip(gradients) {
             let Some(gradient) = gradient.filter(|_| weight.needs_gradient()) else { continue };
-            if fused {
-                weight_gradient(flow, weight.target(), gradient, x.tensor())?
-            } else {
-                flow.add(weight, gradient.t()?.matmul(x.tensor())?)?
-            }
+            if fused { weight_gradient(flow, weight.target(), gradient, x.tensor())? } else { flow.add(weight, gradient.t()?.matmul(x.tensor())?)? }
         }
         Ok(())
     }))

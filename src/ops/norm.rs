@@ -12,11 +12,7 @@ use candle_core::{D, Result, Tensor};
 pub fn norm<'a>(tape: &Tape<'a>, x: &Var, gain: &Var, width: usize, epsilon: f64) -> Result<Var> {
     let (rows, total) = x.tensor().dims2()?;
     let fused = tape.fuses(x.tensor());
-    let (y, saved) = if fused {
-        forward(x.tensor(), gain.tensor(), width, epsilon)?
-    } else {
-        forward_reference(x.tensor(), gain.tensor(), width, epsilon)?
-    };
+    let (y, saved) = if fused { forward(x.tensor(), gain.tensor(), width, epsilon)? } else { forward_reference(x.tensor(), gain.tensor(), width, epsilon)? };
     let (x_kept, gain_kept) = (x.clone(), gain.clone());
     let [y] = tape.record(&[x, gain], [y.reshape((rows, total))?], move |flow, [d_y]| {
         let Some(d_y) = d_y else { return Ok(()) };

@@ -26,11 +26,7 @@ fn rotate(fused: bool, x: &Tensor, positions: &[u32], table: &RotaryTable, backw
         return rotate_reference(x, positions, table, backward);
     }
     let mut data = host(x)?.to_vec();
-    if backward {
-        table.rotate_back(&mut data, positions)
-    } else {
-        table.rotate(&mut data, positions)
-    }
+    if backward { table.rotate_back(&mut data, positions) } else { table.rotate(&mut data, positions) }
     from_vec(data, x.shape())
 }
 

@@ -1,6 +1,7 @@
 //! Storage formats for weights: how a row of f32 becomes bytes and back. Layouts are those of ggml (`ggml-common.h`), so that
 //! other engines read what is written here. A format knows rows, not tensors; containers are `export`'s.
 
+pub mod simulate;
 mod bf16;
 mod f16;
 mod f32;
@@ -8,7 +9,6 @@ mod q4_0;
 mod q4_k;
 mod q6_k;
 mod q8_0;
-pub mod simulate;
 mod ternary;
 mod tq1_0;
 mod tq2_0;

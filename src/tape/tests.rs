@@ -37,8 +37,7 @@ fn values(tensor: &Tensor) -> Vec<f32> {
 fn twice<'a>(tape: &Tape<'a>, x: &Var, a: &Var, b: &Var) -> Result<Var> {
     let first = linear(tape, x, a)?;
     let second = linear(tape, &first, a)?;
-    let sum =
-        crate::ops::norm::add_norm(tape, &second, &first, &Var::constant(Tensor::ones(4, candle_core::DType::F32, &Device::Cpu)?), 1e-5)?;
+    let sum = crate::ops::norm::add_norm(tape, &second, &first, &Var::constant(Tensor::ones(4, candle_core::DType::F32, &Device::Cpu)?), 1e-5)?;
     linear(tape, &sum.1, b)
 }
 

@@ -38,7 +38,13 @@ pub fn evaluate(decoder: &Decoder, parameters: &Parameters, batches: &[Arc<Batch
     }
     let rounded = round_weights(spec, parameters)?;
     let under = |scheme| mean_loss(decoder, &rounded, batches, Some(&RoundActivations::new(spec, scheme)));
-    Ok(Evaluation { loss, loss_quantized: under(Scheme::W4A4Kv4)?, loss_w4a4: Some(under(Scheme::W4A4)?), statistics, zero_fraction: None })
+    Ok(Evaluation {
+        loss,
+        loss_quantized: under(Scheme::W4A4Kv4)?,
+        loss_w4a4: Some(under(Scheme::W4A4)?),
+        statistics,
+        zero_fraction: None,
+    })
 }
 
 /// The model as a file holds it: folded, embedding and head in f16. Block matrices keep their latent values: the forward pass rounds them

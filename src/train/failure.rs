@@ -50,9 +50,7 @@ pub fn replay(setup: &Setup, path: &Path) -> Result<Replay> {
     let kept: Kept = saved.json(BATCHES)?;
     let batches: Vec<Arc<Batch>> = kept.batches.into_iter().map(Arc::new).collect();
     if !batches.iter().all(|batch| is_sound(batch, setup)) {
-        return Err(
-            Error::file(&folder.join(BATCHES), "does not fit the recipe's model").fix("replay with the recipe of the run that failed")
-        );
+        return Err(Error::file(&folder.join(BATCHES), "does not fit the recipe's model").fix("replay with the recipe of the run that failed"));
     }
     let parameters = read_weights(setup, &saved)?;
     let decoder = Decoder::new(setup.spec.clone(), setup.activation_checkpointing);

@@ -85,13 +85,7 @@ pub fn parameter_infos(parameters: &Parameters, heads: usize, kv_heads: usize) -
 }
 
 /// Clips, updates, and reports. With `measure` the report says how far each parameter moved.
-pub fn update(
-    optimizer: &mut Optimizer,
-    step: u64,
-    parameters: &Parameters,
-    gradients: &GradientBuffers,
-    measure: bool,
-) -> Result<StepReport> {
+pub fn update(optimizer: &mut Optimizer, step: u64, parameters: &Parameters, gradients: &GradientBuffers, measure: bool) -> Result<StepReport> {
     if !host::is_host(parameters.flat()) {
         return update_through_host(optimizer, step, parameters, gradients, measure);
     }
