@@ -45,6 +45,8 @@ const RECIPE_MISTAKES: &[(&[&str], &[&str])] = &[
     (&["data.validation={tail=2.0}"], &["data.validation.tail"]),
     (&["data.tokenizer={file=\"missing.json\"}"], &["missing.json"]),
     (&["data.tokenizer={bpe={vocab=10}}"], &["bpe"]),
+    (&["data.sources=[{builtin={documents=0}}]"], &["documents", "0"]),
+    (&["data.sources=[{builtin={weight=-1.0}}]"], &["weight"]),
     (&["data.sources=[]"], &["data"]),
     (&["data.sources=[]", "data.path=missing.txt"], &["missing.txt", "no such file"]),
     (&["export.formats=[\"gguf-q9\"]"], &["export.formats", "gguf-q9", "gguf-q8_0"]),
@@ -347,9 +349,13 @@ fn a_damaged_checkpoint_is_refused_wherever_it_is_named() {
     sandbox.osprey(&["train", "tiny.toml", "--resume", "run/step-000099"]).refused(&["run/step-000099"]);
     sandbox.osprey(&["train", "tiny.toml", "--resume", "never"]).refused(&["run/step-000008"]);
     sandbox.train(&["train.steps=4"]).refused(&["run/step-000008", "past the recipe's 4"]);
+    let before = (sandbox.listing(), sandbox.read("run/recipe.toml"), sandbox.read("run/metrics.jsonl"));
     sandbox.train(&["model.dim=32", "train.steps=9"]).refused(&["run/step-000008"]);
-    sandbox.train(&["optim.rule=adamw", "train.steps=9"]).refused(&[]);
-    sandbox.train(&["run.seed=7", "train.steps=9", "data.order=crops"]).refused(&[]);
+    sandbox.train(&["optim.rule=adamw", "train.steps=9"]).refused(&["optimizer state"]);
+    for change in ["run.seed=7", "data.order=crops", "model.context=32", "data.sources=[{builtin={documents=100}}]"] {
+        sandbox.train(&[change, "train.steps=9"]).refused(&["data", "other data"]);
+    }
+    assert!(before == (sandbox.listing(), sandbox.read("run/recipe.toml"), sandbox.read("run/metrics.jsonl")), "something was written");
     assert!(!sandbox.path("new.gguf").exists());
 }
 

@@ -243,7 +243,7 @@ mod tests {
         let error = Error::input("r.toml:3:1", "unknown key `stesp`").fix("did you mean `steps`?");
         assert_eq!(describe(&error), "error: r.toml:3:1: unknown key `stesp`\n  hint: did you mean `steps`?");
         let error = Error::io("read", "x")(io::Error::from(io::ErrorKind::NotFound));
-        assert_eq!(describe(&error), "error: x: cannot read: entity not found");
+        assert_eq!(describe(&error), "error: x: cannot read: entity not found\n  hint: check the path");
     }
 
     #[test]

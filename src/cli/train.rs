@@ -37,16 +37,19 @@ pub(super) fn session(assembled: &Assembled, resume: &str, pause_at: Option<u64>
     let setup = &assembled.setup;
     let _claim = checkpoint::claim(&setup.run_dir)?;
     let saved = find(assembled, resume, printer)?;
-    let (state, position) = match &saved {
+    // What may refuse comes before what writes: a run that cannot go on leaves its folder as it was.
+    let position = saved.as_ref().map(cursor).transpose()?;
+    let mut feed = assembled.feed(position.as_ref())?;
+    let state = match &saved {
         Some(saved) => {
             saved
                 .differences(setup.threads, &crate::ops::cpu::isa::isa().to_string())
                 .iter()
                 .for_each(|difference| printer.warn(difference));
             printer.note(format!("resuming from {}", saved.dir().display()));
-            (State::resume(setup, saved)?, Some(cursor(saved)?))
+            State::resume(setup, saved)?
         }
-        None => (State::fresh(setup)?, None),
+        None => State::fresh(setup)?,
     };
     let path = setup.run_dir.join("recipe.toml");
     std::fs::write(&path, &setup.recipe).map_err(Error::io("write", &path))?;
@@ -54,7 +57,6 @@ pub(super) fn session(assembled: &Assembled, resume: &str, pause_at: Option<u64>
         printer.note(format!("resolved recipe, saved as {}:\n{}", path.display(), setup.recipe));
     }
     let stop = stop_flag()?;
-    let mut feed = assembled.feed(position.as_ref())?;
     let validation = assembled.validation();
     printer.start(state.step, setup.train.steps);
     let mut monitor = Screen { printer, stop: stop.clone(), pause_at };

@@ -176,7 +176,9 @@ impl Config {
             );
         }
         if let Some(bad) = named.iter().find(|source| source.weight.is_some_and(|weight| !weight.is_finite() || weight <= 0.0)) {
-            return Err(Error::input("data.sources", format!("the weight of {} is not a number above 0", bad.name)));
+            return Err(
+                Error::input("data.sources", format!("the weight of {} is not a number above 0", bad.name)).fix("give a positive number")
+            );
         }
         for at in 1..named.len() {
             if named[..at].iter().any(|other| other.name == named[at].name) {
@@ -202,10 +204,10 @@ impl Config {
                     .fix("hold out every 20th document or so"))
             }
             Validation::Tail(tail) if !(tail > 0.0 && tail < 1.0) => {
-                Err(Error::input("data.validation.tail", format!("{tail} is not between 0 and 1")))
+                Err(Error::input("data.validation.tail", format!("{tail} is not between 0 and 1")).fix("0.05 holds out the last twentieth"))
             }
             _ if !(1..=1024).contains(&self.prefetch) => {
-                Err(Error::input("data.prefetch", format!("{} is outside 1 to 1024", self.prefetch)))
+                Err(Error::input("data.prefetch", format!("{} is outside 1 to 1024", self.prefetch)).fix("4 is enough for most machines"))
             }
             _ => Ok(()),
         }

@@ -94,7 +94,11 @@ pub fn read_config(text: &str, path: &Path) -> Result<(Spec, SpecialIds)> {
     };
     let config = Config { map: &map, path };
     let spec = match map.get("osprey") {
-        Some(own) => config.own_spec(own)?,
+        Some(own) => {
+            // Refuses packed weights, which the exact spec says nothing of.
+            config.linear("")?;
+            config.own_spec(own)?
+        }
         None => config.foreign_spec()?,
     };
     check_spec(&spec, &path.display().to_string())?;

@@ -38,12 +38,14 @@ impl State {
     /// The start of a run.
     pub fn fresh(setup: &Setup) -> Result<Self> {
         let parameters = initialize(&setup.spec, setup.seed, &setup.device)?;
-        Self::with(setup, 0, parameters)
+        Self::with(setup, 0, parameters, |_| Ok(()))
     }
 
-    fn with(setup: &Setup, step: u64, parameters: Parameters) -> Result<Self> {
+    /// The metrics are opened, which cuts them to `step`, only when nothing else can be refused.
+    fn with(setup: &Setup, step: u64, parameters: Parameters, load: impl FnOnce(&mut Optimizer) -> Result<()>) -> Result<Self> {
         let infos = parameter_infos(&parameters, setup.spec.heads, setup.spec.kv_heads);
-        let optimizer = Optimizer::new(&setup.optim, &infos, setup.train.steps)?;
+        let mut optimizer = Optimizer::new(&setup.optim, &infos, setup.train.steps)?;
+        load(&mut optimizer)?;
         let metrics = Sinks::open(&setup.run_dir, step)?;
         Ok(Self { step, parameters, optimizer, metrics, saved: None })
     }
@@ -55,9 +57,10 @@ impl State {
             return Err(Error::file(saved.dir(), cause).fix("raise train.steps, or choose another run.dir"));
         }
         let parameters = read_weights(setup, saved)?;
-        let mut state = Self::with(setup, saved.step(), parameters)?;
         let held = saved.tensors(OPTIMIZER)?;
-        state.optimizer.load_state(held.iter().map(|(name, (_, values))| (name.as_str(), values.as_slice())))?;
+        let mut state = Self::with(setup, saved.step(), parameters, |optimizer| {
+            optimizer.load_state(held.iter().map(|(name, (_, values))| (name.as_str(), values.as_slice())))
+        })?;
         state.saved = (saved.dir().parent() == Some(setup.run_dir.as_path())).then(|| saved.dir().to_owned());
         Ok(state)
     }

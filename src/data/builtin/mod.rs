@@ -58,7 +58,8 @@ impl Default for Config {
 impl Config {
     /// Refuses what cannot be generated.
     pub fn check(&self) -> Result<()> {
-        let wrong = |key: &str, cause: String| Err(Error::input(format!("data.sources builtin.{key}"), cause));
+        let wrong =
+            |key: &str, cause: String| Err(Error::input(format!("data.sources builtin.{key}"), cause).fix("give a number in that range"));
         let shares = [self.stories, self.recall, self.copying, self.sums];
         if shares.iter().any(|share| !share.is_finite() || *share < 0.0) || shares.iter().sum::<f64>() <= 0.0 {
             return wrong("stories", format!("the shares {shares:?} must be 0 or more and not all 0"));
