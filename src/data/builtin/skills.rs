@@ -44,7 +44,10 @@ impl Skill {
         let words = grammar().words.nouns.len() as i32;
         match self {
             Self::Recall => 1.0 / config.pairs as f64,
-            Self::Copy => (0..config.copy_words as i32).map(|used| 1.0 / f64::from(words - used)).product(),
+            Self::Copy => {
+                let row = |length: i32| (0..length).map(|used| 1.0 / f64::from(words - used)).product::<f64>();
+                (1..=config.copy_words as i32).map(row).sum::<f64>() / config.copy_words as f64
+            }
             Self::Sum => 1.0 / (config.largest_addend + 1) as f64,
         }
     }
@@ -72,7 +75,9 @@ fn probe(skill: Skill, config: &Config, random: &mut Random) -> Probe {
             (format!("recall: {}; {key}", listed(&pairs)), format!(" {value}"))
         }
         Skill::Copy => {
-            let words = random.sample(&grammar().words.nouns, config.copy_words).join(" ");
+            // Rows of different lengths: at one fixed distance the copy could be found without looking at the words.
+            let length = 1 + random.below(config.copy_words as u64) as usize;
+            let words = random.sample(&grammar().words.nouns, length).join(" ");
             (format!("copy: {words} |"), format!(" {words}."))
         }
         Skill::Sum => {
@@ -83,20 +88,14 @@ fn probe(skill: Skill, config: &Config, random: &mut Random) -> Probe {
     Probe { skill, prompt, answer }
 }
 
-/// How often a document of recall asks for every key of its list. The list itself cannot be predicted, so most of what can be learned
-/// from a document are its answers.
-const ROUNDS: usize = 3;
-
 /// A document of one skill: one list asked for every key, or several copies or sums.
 pub(super) fn document(skill: Skill, config: &Config, random: &mut Random) -> String {
     if skill == Skill::Recall {
         let mut pairs = pairs(config, random);
         let mut text = format!("recall: {};", listed(&pairs));
-        for _ in 0..ROUNDS {
-            random.shuffle(&mut pairs);
-            for (key, value) in &pairs {
-                write!(text, " {key} {value};").expect("writing to a string cannot fail");
-            }
+        random.shuffle(&mut pairs);
+        for (key, value) in pairs {
+            write!(text, " {key} {value};").expect("writing to a string cannot fail");
         }
         return text;
     }
