@@ -211,24 +211,3 @@ proptest! {
         prop_assert!(latest(run.path()).expect("lists").checkpoint.is_none());
     }
 }
-
-/// Save and open times of a checkpoint of a 100M-parameter model with two moments, each in a process of its own as a resumed run is:
-/// `OSPREY_TEST_LARGE=DIR cargo test --release --lib large_checkpoint -- --ignored --nocapture` writes DIR first and opens it from then on.
-#[test]
-#[ignore = "writes 1.2 GB"]
-fn large_checkpoint_times() {
-    let run = PathBuf::from(std::env::var_os("OSPREY_TEST_LARGE").expect("OSPREY_TEST_LARGE names a folder"));
-    let start = std::time::Instant::now();
-    if !run.exists() {
-        let data: Vec<f32> = (0..4_000_000u32).map(|i| (i as f32).sin()).collect();
-        let tensors = |count: usize| Payload::Tensors((0..count).map(|i| Tensor::new(format!("t.{i}"), &[2000, 2000], &data)).collect());
-        let files = vec![("model.safetensors".to_owned(), tensors(25)), ("optimizer.safetensors".to_owned(), tensors(50))];
-        save(&run, 1, files, meta(None)).expect("saves");
-        return println!("save {:?}", start.elapsed());
-    }
-    let checkpoint = latest(&run).expect("lists").checkpoint.expect("whole");
-    let verified = start.elapsed();
-    let weights = checkpoint.tensors("model.safetensors").expect("reads");
-    let state = checkpoint.tensors("optimizer.safetensors").expect("reads");
-    println!("verify {verified:?}, verify and copy {:?} ({} tensors)", start.elapsed(), weights.len() + state.len());
-}

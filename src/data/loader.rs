@@ -1,9 +1,9 @@
 //! Training batches in an order that is a pure function of (data, seed, row): any batch size, accumulation split or rank count sees
 //! the same rows in the same order.
 //!
-//! Row g comes from the source that the mixture deals to it, as the k-th row of that source: its pairs `k * context` on
-//! ([`Order::Packed`]), or `context` pairs from a random place ([`Order::Crops`]). With R ranks of B rows, micro-batch m of rank r
-//! holds rows (m R + r) B to (m R + r + 1) B - 1, counted from the cursor.
+//! Row g comes from the source that the mixture deals to it, as the k-th row of that source: `context` consecutive pairs, rows shuffled
+//! within a pass ([`Order::Packed`]), or `context` pairs from a random place ([`Order::Crops`]). With R ranks of B rows, micro-batch m of
+//! rank r holds rows (m R + r) B to (m R + r + 1) B - 1, counted from the cursor.
 
 use super::config::Order;
 use super::dataset::Dataset;
@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 pub struct Rows {
     mixture: Mixture,
     streams: Vec<Stream>,
+    windows: Vec<Window>,
     order: Order,
     seed: u64,
     context: usize,
@@ -47,8 +48,9 @@ impl Rows {
                 .fix("give more text or a shorter model.context"));
             }
         }
+        let windows = streams.iter().enumerate().map(|(at, stream)| Window::new(seed, at, stream.pairs() / context as u64)).collect();
         let shares: Vec<f64> = dataset.train.iter().map(|part| part.share).collect();
-        Ok(Self { mixture: Mixture::new(seed, &shares)?, streams, order: dataset.order, seed, context })
+        Ok(Self { mixture: Mixture::new(seed, &shares)?, streams, windows, order: dataset.order, seed, context })
     }
 
     /// The index of the source that row `row` comes from.
@@ -63,7 +65,7 @@ impl Rows {
             let (source, index) = self.mixture.locate(first + row as u64);
             let stream = &mut self.streams[source];
             let pair = match self.order {
-                Order::Packed => index * self.context as u64,
+                Order::Packed => self.windows[source].row(index) * self.context as u64,
                 Order::Crops => {
                     let places = stream.pairs() - self.context as u64 + 1;
                     Random::new(self.seed, &format!("crops {source}"), index).below(places)
@@ -73,6 +75,37 @@ impl Rows {
             batch.sources[row] = source as u32;
         }
         batch
+    }
+}
+
+/// Rows of a source that are shuffled among themselves: at most one pass, so that a pass still trains every token once.
+const WINDOW: u64 = 1 << 16;
+
+/// Shuffles the rows of one source within windows. Without it a batch would hold consecutive rows of one long document.
+#[derive(Debug)]
+struct Window {
+    seed: u64,
+    name: String,
+    rows: u64,
+    /// The window in use and the order of its rows.
+    order: Option<(u64, Vec<u32>)>,
+}
+
+impl Window {
+    fn new(seed: u64, source: usize, rows_of_a_pass: u64) -> Self {
+        Self { seed, name: format!("rows {source}"), rows: rows_of_a_pass.clamp(1, WINDOW), order: None }
+    }
+
+    /// The row that comes at place `index`.
+    fn row(&mut self, index: u64) -> u64 {
+        let window = index / self.rows;
+        if self.order.as_ref().is_none_or(|(made, _)| *made != window) {
+            let mut order: Vec<u32> = (0..self.rows as u32).collect();
+            Random::new(self.seed, &self.name, window).shuffle(&mut order);
+            self.order = Some((window, order));
+        }
+        let (_, order) = self.order.as_ref().expect("made above");
+        window * self.rows + u64::from(order[(index % self.rows) as usize])
     }
 }
 
