@@ -460,8 +460,8 @@ fn every_command_works_on_what_it_is_for() {
     assert!(run(&["inspect", "run/step-000008"]).out.contains("lm_head.weight"));
     assert!(run(&["inspect", "model.gguf"]).out.contains("q8_0"));
     assert!(run(&["inspect", "hf"]).out.contains("lm_head.weight"));
-    let cache = std::fs::read_dir(sandbox.path("data/cache")).unwrap().map(|entry| entry.unwrap().path());
-    let shard = cache.filter(|path| path.extension().is_some_and(|ending| ending == "tokens")).next().unwrap();
+    let mut cache = std::fs::read_dir(sandbox.path("data/cache")).unwrap().map(|entry| entry.unwrap().path());
+    let shard = cache.find(|path| path.extension().is_some_and(|ending| ending == "tokens")).unwrap();
     assert!(run(&["inspect", &shard.display().to_string()]).out.contains("documents"));
     let found = run(&["eval", "hf", "--text", "text.txt", "--json", "eval.json", "--tokens", "tokens.jsonl"]);
     assert!(found.out.contains("nll per token") && sandbox.text("tokens.jsonl").lines().count() == 45, "{}", found.out);

@@ -1,7 +1,7 @@
 //! Head and cross-entropy in chunks of rows, with z-loss (Chowdhery et al. 2022, arXiv:2204.02311, section 5).
 //! z_r = x_r W^T, L_r = log sum_v exp(z_rv);  loss = scale * sum_r weight_r (L_r - z_r,target + zeta L_r^2)
 //! dz_rv = scale weight_r (softmax(z_r)_v (1 + 2 zeta L_r) - [v = target]);  dx = dz W,  dW = dz^T x
-//! x: [rows, d]   W: [vocab, d]   targets, weights: [rows]   weight 0 ignores a row
+//! x: [rows, d]   W: [vocab, d]   targets, weights: \[rows]   weight 0 ignores a row
 //! f32, sums of losses in f64. The logits of one chunk are all that is ever in memory; gradients are made in the same pass.
 
 use super::cpu::cross_entropy::{self as kernel, cross_entropy, cross_entropy_loss};

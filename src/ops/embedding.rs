@@ -1,5 +1,5 @@
-//! Token embedding: y_r = E[id_r];  dE[id] = sum over rows r with id_r = id of dy_r.
-//! ids: [rows]   E: [vocab, d]   y: [rows, d]
+//! Token embedding: y_r = E\[id_r];  dE\[id] = sum over rows r with id_r = id of dy_r.
+//! ids: \[rows]   E: [vocab, d]   y: [rows, d]
 //! f32 throughout. The fused path adds rows in order, so equal ids accumulate in one fixed order.
 
 use super::host::{self, buffer, from_vec, host};

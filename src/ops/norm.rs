@@ -1,6 +1,6 @@
 //! Root-mean-square normalization with an optional residual add. Zhang & Sennrich 2019, arXiv:1910.07467; one scalar gain: SSNorm, arXiv:2506.19697.
 //! s = x + residual;  y = g * n, n = r * s, r = 1/sqrt(mean(s^2) + eps);  ds = r * (g*dy - n * mean(g*dy*n)) + ds_out,  dg = sum_rows(dy*n)
-//! x, residual, s, y: [rows, groups * d]   g: [d] or [1]   each of the `groups` spans of a row is normalized by itself (heads of q and k)
+//! x, residual, s, y: [rows, groups * d]   g: \[d] or \[1]   each of the `groups` spans of a row is normalized by itself (heads of q and k)
 //! f32; row sums in 16 lanes with a fixed tree.
 
 use super::cpu::norm::{rms_norm_backward, rms_norm_forward};

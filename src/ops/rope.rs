@@ -1,6 +1,6 @@
 //! Rotary position embedding, half-split form. Su et al. 2021, arXiv:2104.09864.
-//! (a, b) = (x[i], x[i + hd/2]) -> (a cos - b sin, b cos + a sin) at angle position * theta^(-2i/hd);  the gradient turns back.
-//! x: [rows, heads * hd]   positions: [rows]
+//! (a, b) = (x\[i], x[i + hd/2]) -> (a cos - b sin, b cos + a sin) at angle position * theta^(-2i/hd);  the gradient turns back.
+//! x: [rows, heads * hd]   positions: \[rows]
 //! Angles in f64, cosines and sines in f32.
 
 pub use super::cpu::rope::RotaryTable;
