@@ -1,5 +1,6 @@
 //! Loss on held-out tokens, plain and quantized as deployed, with outlier statistics from the same pass.
 
+use super::step;
 use crate::data::Batch;
 use crate::error::Result;
 use crate::export::fold::fold;
@@ -69,20 +70,14 @@ fn zero_fraction(parameters: &Parameters) -> Result<f64> {
 }
 
 fn mean_loss(decoder: &Decoder, parameters: &Parameters, batches: &[Arc<Batch>], observer: Option<&dyn Observer>) -> Result<f64> {
-    let (mut sum, mut weight) = (0.0, 0.0);
+    let mut sum = 0.0;
     for batch in batches {
         let tape = Tape::evaluate();
-        let hidden = decoder.hidden(&tape, parameters, &super::step::inputs(batch), observer)?;
+        let hidden = decoder.hidden(&tape, parameters, &step::inputs(batch), observer)?;
         let targets = Targets { ids: &batch.targets, weights: &batch.weights, scale: 1.0, z_loss: 0.0 };
         sum += linear_cross_entropy(&tape, &hidden, &decoder.head(parameters), targets)?.weighted_nll;
-        weight += batch.weights.iter().map(|&w| f64::from(w)).sum::<f64>();
     }
-    Ok(sum / weight)
-}
-
-/// Mean negative log-likelihood of the whole of `batches`, for callers outside the training loop.
-pub fn loss(decoder: &Decoder, parameters: &Parameters, batches: &[Arc<Batch>]) -> Result<f64> {
-    mean_loss(decoder, parameters, batches, None)
+    Ok(sum / step::weight(batches))
 }
 
 /// The parameters' values as host tensors, for writing.
