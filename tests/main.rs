@@ -5,5 +5,7 @@ mod formats;
 mod golden;
 mod layering;
 mod parity;
+#[cfg(feature = "mpi")]
+mod ranks;
 mod resume;
 mod support;

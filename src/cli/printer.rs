@@ -11,6 +11,7 @@ use crate::train::metrics::Record;
 /// Writes to the two streams of the process.
 pub struct Printer {
     quiet: bool,
+    hushed: bool,
     bar_allowed: bool,
     progress: Option<Progress>,
 }
@@ -27,7 +28,12 @@ impl Printer {
     pub fn new(quiet: bool) -> Self {
         let dumb = std::env::var_os("TERM").is_some_and(|terminal| terminal == "dumb");
         let bar_allowed = io::stderr().is_terminal() && !dumb && std::env::var_os("CI").is_none();
-        Self { quiet, bar_allowed, progress: None }
+        Self { quiet, hushed: false, bar_allowed, progress: None }
+    }
+
+    /// From here on shows errors only: another rank shows the rest.
+    pub fn hush(&mut self) {
+        (self.quiet, self.hushed) = (true, true);
     }
 
     /// Starts the progress of a run that has taken `first` of `total` steps.
@@ -80,7 +86,9 @@ impl Printer {
 
     /// Something that is not as it should be but does not stop the run.
     pub fn warn(&self, text: impl AsRef<str>) {
-        self.people(&format!("warning: {}", text.as_ref()));
+        if !self.hushed {
+            self.people(&format!("warning: {}", text.as_ref()));
+        }
     }
 
     /// The error with its causes and its hint.

@@ -19,6 +19,7 @@ mod orthogonalize;
 mod reduce;
 mod rule;
 mod schedule;
+pub mod shard;
 mod spectral;
 
 #[cfg(test)]
@@ -41,7 +42,7 @@ pub use lion_muon::{LionMuon, LionMuonConfig};
 pub use momentum::Momentum;
 pub use muon::Muon;
 pub use nor_muon::{NorMuon, NorMuonConfig};
-pub use optimizer::{Optimizer, ParameterSlice, StepReport};
+pub use optimizer::{Movement, Optimizer, ParameterSlice, StepReport};
 pub use orthogonalize::orthogonalize;
 pub use rule::{NotFinite, Rule, StepInfo};
 pub use schedule::{Constant, Decay, Schedule, Span, Wsd};
@@ -89,6 +90,11 @@ impl RuleName {
             Self::NorMuon => Box::new(NorMuon { config: config.nor_muon.clone(), momentum, spectral }),
             Self::DistanceAwareMuon => Box::new(DistanceAwareMuon { config: config.distance_aware_muon.clone(), momentum, spectral }),
         }
+    }
+
+    /// Whether each value is updated by itself, so that a parameter may be cut anywhere.
+    pub fn is_elementwise(self) -> bool {
+        matches!(self, Self::Adamw | Self::Lion)
     }
 
     /// Whether the configured learning rate sets the step's length.

@@ -8,6 +8,7 @@ use super::clip::{clip_factor, global_norm, scale};
 use super::groups::{Assignment, ParameterInfo, Table};
 use super::reduce::{squared_distance, sum_of_squares};
 use super::rule::{Rule, StepInfo};
+use super::shard::{Piece, pieces};
 use super::{Config, RuleName, elements};
 use crate::error::{Error, Result};
 
@@ -26,18 +27,48 @@ pub struct StepReport {
     pub gradient_norm: f64,
     /// The hidden matrices' scheduled rate.
     pub learning_rate: f64,
-    /// Size of each parameter's change over its size before, both as root mean square (0 for a parameter that was zero); empty
-    /// unless asked for.
-    pub update_ratios: Vec<f64>,
+    /// How far each parameter moved; empty unless asked for. A rank knows what its own pieces add.
+    pub movements: Vec<Movement>,
 }
 
-/// The optimizer of a run. State is one flat buffer per parameter, all zeros at first.
+/// How far a parameter moved in a step, as sums of squares.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Movement {
+    /// Of the change.
+    pub change: f64,
+    /// Of the values before.
+    pub size: f64,
+}
+
+impl Movement {
+    /// Size of the change over the size before; 0 for a parameter that was zero.
+    pub fn ratio(self) -> f64 {
+        if self.size == 0.0 { 0.0 } else { self.change.sqrt() / self.size.sqrt() }
+    }
+}
+
+/// The optimizer of a run. State is one flat buffer per piece of a parameter that this rank owns, all zeros at first; a process by itself
+/// owns every parameter in one piece.
 pub struct Optimizer {
     config: Config,
     table: Table,
     rules: Vec<(RuleName, Box<dyn Rule>)>,
+    /// Of all ranks.
+    pieces: Vec<Piece>,
+    rank: usize,
+    /// One per own piece, in order.
     state: Vec<Vec<f32>>,
     total_steps: u64,
+}
+
+/// A piece in one step.
+struct Part<'a> {
+    parameter: usize,
+    row: &'a Assignment,
+    shape: Vec<usize>,
+    data: &'a mut [f32],
+    gradient: &'a [f32],
+    state: &'a mut [f32],
 }
 
 impl Optimizer {
@@ -46,11 +77,36 @@ impl Optimizer {
     /// # Errors
     /// Impossible settings, or a parameter that cannot be assigned (see [`Table::new`]).
     pub fn new(config: &Config, parameters: &[ParameterInfo], total_steps: u64) -> Result<Self> {
+        Self::for_rank(config, parameters, total_steps, 0, 1)
+    }
+
+    /// The same for rank `rank` of `ranks`: it keeps the state of its own pieces and updates only them.
+    ///
+    /// # Errors
+    /// As [`Optimizer::new`].
+    pub fn for_rank(config: &Config, parameters: &[ParameterInfo], total_steps: u64, rank: usize, ranks: usize) -> Result<Self> {
         config.check(total_steps)?;
         let table = Table::new(config, parameters)?;
-        let state = table.rows.iter().map(|row| vec![0.0; row.state_bytes / size_of::<f32>()]).collect();
         let rules = RuleName::ALL.map(|name| (name, name.build(config))).into();
-        Ok(Self { config: config.clone(), table, rules, state, total_steps })
+        let pieces = pieces(&table, ranks);
+        let mut optimizer = Self { config: config.clone(), table, rules, pieces, rank, state: vec![], total_steps };
+        let lengths = optimizer.own().map(|piece| optimizer.segments(piece).iter().map(|(_, range)| range.len()).sum());
+        optimizer.state = lengths.map(|length: usize| vec![0.0; length]).collect();
+        Ok(optimizer)
+    }
+
+    /// Pieces of all ranks, in the order of the table.
+    pub fn pieces(&self) -> &[Piece] {
+        &self.pieces
+    }
+
+    fn own(&self) -> impl Iterator<Item = &Piece> {
+        self.pieces.iter().filter(|piece| piece.owner == self.rank)
+    }
+
+    /// Bytes of state that this rank keeps.
+    pub fn state_bytes(&self) -> usize {
+        self.state.iter().map(|state| state.len() * size_of::<f32>()).sum()
     }
 
     /// Who gets what.
@@ -90,7 +146,8 @@ impl Optimizer {
         let gradient_norm = self.clip(parameters)?;
         let schedule = self.config.schedule.factor(step, self.total_steps);
         let (rules, config, total_steps) = (&self.rules, &self.config, self.total_steps);
-        let update = |((slice, state), row): ((&mut ParameterSlice<'_>, &mut Vec<f32>), &Assignment)| {
+        let update = |part: Part<'_>| {
+            let Part { parameter, row, shape, data, gradient, state } = part;
             let at = StepInfo {
                 step,
                 total_steps,
@@ -98,16 +155,21 @@ impl Optimizer {
                 schedule,
                 weight_decay: row.weight_decay,
             };
-            let before = if measure { slice.data.to_vec() } else { Vec::new() };
+            let before = if measure { data.to_vec() } else { Vec::new() };
             let rule = rules.iter().find(|(name, _)| *name == row.rule).map(|(_, rule)| rule).expect("every rule is built");
-            rule.step(&at, &row.logical_shape, slice.data, slice.gradient, state)
+            rule.step(&at, &shape, data, gradient, state)
                 .map_err(|_| Error::input(&row.name, format!("the update of step {step} is not finite")).fix(DIVERGED))?;
-            Ok(if measure { change(&before, slice.data) } else { 0.0 })
+            Ok((parameter, if measure { movement(&before, data) } else { Movement::default() }))
         };
-        let work = parameters.par_iter_mut().zip(&mut self.state).zip(&self.table.rows);
-        let ratios = work.map(update).collect::<Result<Vec<f64>>>()?;
-        let update_ratios = if measure { ratios } else { Vec::new() };
-        Ok(StepReport { gradient_norm, learning_rate: config.learning_rate * schedule, update_ratios })
+        let own = self.pieces.iter().filter(|piece| piece.owner == self.rank).zip(&mut self.state);
+        let parts = cut(own, parameters, &self.table.rows);
+        let moved = parts.into_par_iter().map(update).collect::<Result<Vec<_>>>()?;
+        let mut movements = vec![Movement::default(); if measure { self.table.rows.len() } else { 0 }];
+        for (parameter, Movement { change, size }) in moved.into_iter().filter(|_| measure) {
+            movements[parameter].change += change;
+            movements[parameter].size += size;
+        }
+        Ok(StepReport { gradient_norm, learning_rate: config.learning_rate * schedule, movements })
     }
 
     fn recognize(&self, parameters: &[ParameterSlice<'_>]) {
@@ -130,22 +192,52 @@ impl Optimizer {
         Ok(found.norm)
     }
 
-    /// The state by name, `PARAMETER.RULE.SEGMENT`, in the order of the parameters: what a checkpoint must keep besides the step.
+    /// The state by name, `PARAMETER.RULE.SEGMENT`, in the order of the parameters: what a checkpoint must keep besides the step. On one
+    /// of several ranks these are its own pieces only; see [`Optimizer::whole_state`].
     pub fn state_tensors(&self) -> impl Iterator<Item = (String, &[f32])> {
-        self.segments().map(|(name, parameter, range)| (name, &self.state[parameter][range]))
-    }
-
-    /// Names of all state tensors with the parameter's index and the place in its state.
-    fn segments(&self) -> impl Iterator<Item = (String, usize, std::ops::Range<usize>)> {
-        self.table.rows.iter().enumerate().flat_map(|(index, row)| {
+        self.own().zip(&self.state).flat_map(|(piece, state)| {
             let mut end = 0;
-            let segments = row.rule.build(&self.config).state_segments(&row.logical_shape);
-            segments.into_iter().map(move |(segment, length)| {
+            self.segments(piece).into_iter().map(move |(name, range)| {
                 let start = end;
-                end += length;
-                (format!("{}.{}.{segment}", row.name, row.rule.name()), index, start..end)
+                end += range.len();
+                (name, &state[start..end])
             })
         })
+    }
+
+    /// The state of all ranks under the same names, whatever their number. `fetch` is called for every piece of every tensor, in the same
+    /// order on all ranks, with its owner and what this rank has of it, and returns the owner's values.
+    ///
+    /// # Errors
+    /// Those of `fetch`.
+    pub fn whole_state(&self, mut fetch: impl FnMut(usize, Vec<f32>) -> Result<Vec<f32>>) -> Result<Vec<(String, Vec<f32>)>> {
+        let own: BTreeMap<(String, usize), &[f32]> = {
+            let starts = self.own().flat_map(|piece| self.segments(piece).into_iter().map(|(_, range)| range.start));
+            self.state_tensors().zip(starts).map(|((name, values), start)| ((name, start), values)).collect()
+        };
+        let mut tensors: Vec<(String, Vec<f32>)> = vec![];
+        for pieces in self.pieces.chunk_by(|a, b| a.parameter == b.parameter) {
+            let segments: Vec<_> = pieces.iter().map(|piece| self.segments(piece)).collect();
+            for segment in 0..segments[0].len() {
+                let mut whole = vec![];
+                for (piece, segments) in pieces.iter().zip(&segments) {
+                    let (name, range) = &segments[segment];
+                    let mine = own.get(&(name.clone(), range.start)).map_or_else(|| vec![0.0; range.len()], |values| values.to_vec());
+                    whole.extend(fetch(piece.owner, mine)?);
+                }
+                tensors.push((segments[0][segment].0.clone(), whole));
+            }
+        }
+        Ok(tensors)
+    }
+
+    /// Names of the state tensors that `piece` is part of, with its place in each.
+    fn segments(&self, piece: &Piece) -> Vec<(String, std::ops::Range<usize>)> {
+        let row = &self.table.rows[piece.parameter];
+        let name = |segment: &str| format!("{}.{}.{segment}", row.name, row.rule.name());
+        let segments = row.rule.build(&self.config).state_segments(&row.logical_shape);
+        let place = |length: usize| if row.rule.is_elementwise() { piece.range.clone() } else { 0..length };
+        segments.into_iter().map(|(segment, length)| (name(segment), place(length))).collect()
     }
 
     /// Replaces the whole state by what [`Optimizer::state_tensors`] once gave, in any order.
@@ -161,15 +253,19 @@ impl Optimizer {
             }
         }
         let mut state: Vec<Vec<f32>> = self.state.iter().map(|state| Vec::with_capacity(state.len())).collect();
-        for (name, parameter, range) in self.segments() {
-            let Some(values) = found.remove(name.as_str()) else {
-                return Err(Error::input(name, "optimizer state is missing").fix(SAME_RECIPE));
-            };
-            if values.len() != range.len() {
-                let cause = format!("optimizer state has {} values where {} are expected", values.len(), range.len());
-                return Err(Error::input(name, cause).fix(SAME_RECIPE));
+        let mut own = 0..;
+        for pieces in self.pieces.chunk_by(|a, b| a.parameter == b.parameter) {
+            let row = &self.table.rows[pieces[0].parameter];
+            let lengths = row.rule.build(&self.config).state_segments(&row.logical_shape);
+            let names: Vec<String> = self.segments(&pieces[0]).into_iter().map(|(name, _)| name).collect();
+            let tensors =
+                names.iter().zip(&lengths).map(|(name, (_, length))| take(&mut found, name, *length)).collect::<Result<Vec<_>>>()?;
+            for piece in pieces.iter().filter(|piece| piece.owner == self.rank) {
+                let at = own.next().expect("endless");
+                for ((_, range), values) in self.segments(piece).into_iter().zip(&tensors) {
+                    state[at].extend_from_slice(&values[range]);
+                }
             }
-            state[parameter].extend_from_slice(values);
         }
         if let Some(name) = found.keys().next() {
             return Err(Error::input(name, "optimizer state belongs to no parameter of this run").fix(SAME_RECIPE));
@@ -182,9 +278,41 @@ impl Optimizer {
 const DIVERGED: &str = "lower the learning rate, lengthen the warm-up, or look for a fault in the data";
 const SAME_RECIPE: &str = "resume with the recipe that wrote the checkpoint, or start a new run from its weights";
 
-fn change(before: &[f32], after: &[f32]) -> f64 {
-    let size = sum_of_squares(before).sqrt();
-    if size == 0.0 { 0.0 } else { squared_distance(before, after).sqrt() / size }
+/// The tensor called `name`, of which `length` values are expected.
+fn take<'a>(found: &mut BTreeMap<&str, &'a [f32]>, name: &str, length: usize) -> Result<&'a [f32]> {
+    let Some(values) = found.remove(name) else {
+        return Err(Error::input(name, "optimizer state is missing").fix(SAME_RECIPE));
+    };
+    if values.len() != length {
+        let cause = format!("optimizer state has {} values where {length} are expected", values.len());
+        return Err(Error::input(name, cause).fix(SAME_RECIPE));
+    }
+    Ok(values)
+}
+
+/// Cuts parameters and gradients at the borders of the `own` pieces, which come in order.
+fn cut<'a>(
+    own: impl Iterator<Item = (&'a Piece, &'a mut Vec<f32>)>,
+    parameters: &'a mut [ParameterSlice<'_>],
+    rows: &'a [Assignment],
+) -> Vec<Part<'a>> {
+    let (mut own, mut parts) = (own.peekable(), vec![]);
+    for (index, (slice, row)) in parameters.iter_mut().zip(rows).enumerate() {
+        let (mut data, gradient, mut start) = (&mut *slice.data, &*slice.gradient, 0);
+        while let Some((piece, state)) = own.next_if(|(piece, _)| piece.parameter == index) {
+            let (_, rest) = data.split_at_mut(piece.range.start - start);
+            let (mine, rest) = rest.split_at_mut(piece.range.len());
+            (data, start) = (rest, piece.range.end);
+            let whole = mine.len() == gradient.len();
+            let shape = if whole { row.logical_shape.clone() } else { vec![mine.len()] };
+            parts.push(Part { parameter: index, row, shape, data: mine, gradient: &gradient[piece.range.clone()], state });
+        }
+    }
+    parts
+}
+
+fn movement(before: &[f32], after: &[f32]) -> Movement {
+    Movement { change: squared_distance(before, after), size: sum_of_squares(before) }
 }
 
 #[cfg(test)]
@@ -220,7 +348,7 @@ mod tests {
         let moved = |step| {
             let (mut run, start) = (Run::new(), Run::new());
             let report = optimizer(&config).step(step, &mut run.slices()).unwrap();
-            let size = |i: usize| change(&start.data[i], &run.data[i]);
+            let size = |i: usize| movement(&start.data[i], &run.data[i]).ratio();
             [report.learning_rate, size(0), size(1)]
         };
         // Both at full height would give equal moves for the spectral rule; AdamW's correction depends on the step as well.
@@ -256,11 +384,58 @@ mod tests {
     fn ratios_are_measured_on_request() {
         let mut run = Run::new();
         let mut optimizer = optimizer(&Config::default());
-        assert!(optimizer.step(0, &mut run.slices()).unwrap().update_ratios.is_empty());
+        assert!(optimizer.step(0, &mut run.slices()).unwrap().movements.is_empty());
         let before = run.data.clone();
-        let ratios = optimizer.step_measured(1, &mut run.slices()).unwrap().update_ratios;
-        assert_eq!(ratios, [change(&before[0], &run.data[0]), change(&before[1], &run.data[1])]);
-        assert!(ratios.iter().all(|ratio| (1e-5..0.1).contains(ratio)), "{ratios:?}");
+        let movements = optimizer.step_measured(1, &mut run.slices()).unwrap().movements;
+        assert_eq!(movements, [movement(&before[0], &run.data[0]), movement(&before[1], &run.data[1])]);
+        assert!(movements.iter().all(|movement| (1e-5..0.1).contains(&movement.ratio())), "{movements:?}");
+    }
+
+    /// Ranks that update their own pieces and share them do what one process does, and their state goes from one number of ranks to another.
+    #[test]
+    fn ranks_together_are_one_optimizer() {
+        let parameters = [ParameterInfo::new("embed", [6, 4], Role::Embedding), ParameterInfo::new("w", [4, 4], Role::HiddenMatrix)];
+        let config = Config::default();
+        let mut alone = Run::new();
+        let mut one = optimizer(&config);
+        let mut ranks: Vec<Optimizer> = (0..2).map(|rank| Optimizer::for_rank(&config, &parameters, 10, rank, 2).unwrap()).collect();
+        let mut shared = Run::new();
+        for step in 0..3 {
+            alone.gradient = [random(3 + step, 24), random(40 + step, 16)];
+            one.step(step, &mut alone.slices()).unwrap();
+            let before = shared.data.clone();
+            for optimizer in &mut ranks {
+                let mut copy = Run { data: before.clone(), gradient: [random(3 + step, 24), random(40 + step, 16)] };
+                optimizer.step(step, &mut copy.slices()).unwrap();
+                for piece in optimizer.own() {
+                    shared.data[piece.parameter][piece.range.clone()].copy_from_slice(&copy.data[piece.parameter][piece.range.clone()]);
+                }
+            }
+            assert_eq!(shared.data, alone.data);
+        }
+        assert_eq!(ranks.iter().map(Optimizer::state_bytes).sum::<usize>(), one.state_bytes());
+        let expected: Vec<(String, Vec<f32>)> = one.state_tensors().map(|(name, values)| (name, values.to_vec())).collect();
+        // Fetching from the owner is played by asking the other optimizer.
+        let answers = |rank: usize| {
+            let mut all = vec![];
+            ranks[rank]
+                .whole_state(|owner, values| {
+                    all.push((owner, values.clone()));
+                    Ok(values)
+                })
+                .unwrap();
+            all
+        };
+        let by_rank = [answers(0), answers(1)];
+        let mut at = 0..;
+        let whole = ranks[0].whole_state(|owner, _| Ok(by_rank[owner][at.next().unwrap()].1.clone())).unwrap();
+        assert_eq!(whole, expected);
+        let mut again = Optimizer::for_rank(&config, &parameters, 10, 1, 3).unwrap();
+        again.load_state(whole.iter().map(|(name, values)| (name.as_str(), values.as_slice()))).unwrap();
+        for (piece, state) in again.own().zip(&again.state) {
+            let whole_row = one.own().zip(&one.state).find(|(other, _)| other.parameter == piece.parameter).unwrap().1;
+            assert_eq!(state[..piece.range.len()], whole_row[piece.range.clone()]);
+        }
     }
 
     #[test]

@@ -6,6 +6,7 @@ use crate::data::{Batch, Cursor, Dataset, Loader};
 use crate::error::{Error, Result};
 use crate::export::config::SpecialIds;
 use crate::model::{Spec, flops};
+use crate::train::dist::Ranks;
 use crate::train::{Feed, Setup};
 use candle_core::Device;
 use std::path::{Path, PathBuf};
@@ -52,6 +53,7 @@ pub fn assemble(recipe: Recipe, recipe_path: &Path, device: Device, notes: &mut 
         run_dir: PathBuf::from(&recipe.run.dir),
         seed: recipe.run.seed,
         threads: rayon::current_num_threads(),
+        ranks: Ranks::alone(),
         reference: !device.is_cpu(),
         device,
         recipe: to_toml(&recipe)?,
@@ -85,7 +87,8 @@ fn machine_memory() -> Option<u64> {
 impl Assembled {
     /// Training batches from the start, or from where a checkpoint stopped.
     pub fn feed(&self, cursor: Option<&Cursor>) -> Result<Batches> {
-        let shape = Shape { rows: self.recipe.train.batch, context: self.setup.spec.context, rank: 0, ranks: 1 };
+        let (rank, ranks) = (self.setup.ranks.rank(), self.setup.ranks.size());
+        let shape = Shape { rows: self.recipe.train.batch / ranks, context: self.setup.spec.context, rank, ranks };
         let loader = Loader::start(&self.dataset, shape, self.recipe.run.seed, cursor)?;
         Ok(Batches { loader, accumulate: self.recipe.train.accumulate })
     }

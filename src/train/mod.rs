@@ -1,6 +1,7 @@
 //! The training loop: a recipe's model on a recipe's data, proven before the first step and resumable to the bit.
 
 mod config;
+pub mod dist;
 pub mod evaluate;
 mod failure;
 pub mod metrics;
@@ -30,6 +31,8 @@ pub struct Setup {
     pub run_dir: PathBuf,
     pub seed: u64,
     pub threads: usize,
+    /// The processes that train together.
+    pub ranks: dist::Ranks,
     pub device: candle_core::Device,
     /// Take the reference path of every operation, as devices without fused kernels do.
     pub reference: bool,

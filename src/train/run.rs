@@ -1,5 +1,6 @@
 //! The training run: resume or prove, then step, look, save, until done or told to stop.
 
+use super::dist::{Buckets, Phase};
 use super::evaluate::{Evaluation, evaluate};
 use super::metrics::Record;
 use super::probe::prove_gradients;
@@ -59,17 +60,20 @@ pub fn run(
 ) -> Result<Outcome> {
     let decoder = Decoder::new(setup.spec.clone(), setup.activation_checkpointing);
     let saved = state.saved.take().map(|path| (state.step, path));
-    let mut run = Run { setup, decoder: &decoder, validation, window: Window::new(), evaluation: None, saved };
+    let buckets = Buckets::new(&state.parameters);
+    let mut run =
+        Run { setup, decoder: &decoder, buckets, validation, window: Window::new(), evaluation: None, saved, told_to_stop: false };
     let mut gradients = GradientBuffers::new(&state.parameters)?;
     let started = Instant::now();
     let already_waited = feed.waited();
-    while state.step < setup.train.steps && !stop.load(Ordering::Relaxed) {
+    while state.step < setup.train.steps && !run.stops(stop) {
+        setup.ranks.phase(Phase::Step);
         let batches = feed.next(state.step)?;
         if state.step == 0 {
             prove_gradients(&decoder, &state.parameters, &batches, setup.reference)?;
             monitor.note(&format!("gradient proof: all {} parameters receive a finite, non-zero gradient", state.parameters.list().len()));
         }
-        run.step(&mut state, &batches, &mut gradients, monitor)?;
+        run.step(&mut state, &batches, &mut gradients, stop, monitor)?;
         run.look_and_save(&mut state, &feed.cursor(), stop, monitor)?;
     }
     let checkpoint = match run.saved.take() {
@@ -89,10 +93,13 @@ pub fn run(
 struct Run<'r> {
     setup: &'r Setup,
     decoder: &'r Decoder,
+    buckets: Buckets,
     validation: &'r [Arc<Batch>],
     window: Window,
     evaluation: Option<Evaluation>,
     saved: Option<(u64, std::path::PathBuf)>,
+    /// Some rank was, which all learned in the last step.
+    told_to_stop: bool,
 }
 
 /// What has happened since the last line of the log.
@@ -116,25 +123,40 @@ impl Run<'_> {
         &self.setup.train
     }
 
+    /// Ranks must agree on the last step, so they stop after one in which all heard of it.
+    fn stops(&self, stop: &AtomicBool) -> bool {
+        if self.setup.ranks.is_alone() { stop.load(Ordering::Relaxed) } else { self.told_to_stop }
+    }
+
     fn step(
         &mut self,
         state: &mut State,
         batches: &[Arc<Batch>],
         gradients: &mut GradientBuffers,
+        stop: &AtomicBool,
         monitor: &mut dyn Monitor,
     ) -> Result<()> {
-        let z_loss = self.config().z_loss;
-        let loss = step::gradients(self.decoder, &state.parameters, batches, z_loss, self.setup.reference, gradients)?;
+        let Setup { reference, ref ranks, .. } = *self.setup;
+        let pass = step::Pass {
+            decoder: self.decoder,
+            parameters: &state.parameters,
+            z_loss: self.config().z_loss,
+            reference,
+            ranks,
+            buckets: &self.buckets,
+        };
+        let step::Learned { loss, stop } = pass.run(batches, stop.load(Ordering::Relaxed), gradients)?;
+        self.told_to_stop = stop;
         let number = state.step + 1;
         let logged = number.is_multiple_of(self.config().log_every) || number == self.config().steps || number == 1;
         let updated = if loss.is_finite() {
-            step::update(&mut state.optimizer, state.step, &state.parameters, gradients, logged)
+            step::update_on(ranks, &mut state.optimizer, state.step, &state.parameters, gradients, logged)
         } else {
             Err(Error::input("the loss", format!("is {loss}")))
         };
         let report = updated.or_else(|error| Err(failure::keep(self.setup, state, batches, error)?))?;
         state.step = number;
-        self.window.tokens += batches.iter().map(|b| b.inputs.len()).sum::<usize>();
+        self.window.tokens += batches.iter().map(|b| b.inputs.len()).sum::<usize>() * ranks.size();
         monitor.stepped(number, loss);
         if logged {
             self.log(state, loss, &report, monitor)?;
@@ -143,7 +165,7 @@ impl Run<'_> {
     }
 
     fn log(&mut self, state: &mut State, loss: f64, report: &StepReport, monitor: &mut dyn Monitor) -> Result<()> {
-        let ratios = &report.update_ratios;
+        let ratios: Vec<f64> = report.movements.iter().map(|movement| movement.ratio()).collect();
         let mut record = Record::new(state.step);
         record.put("loss", loss);
         record.put("lr", report.learning_rate);
@@ -151,31 +173,44 @@ impl Run<'_> {
         record.put("grad_norm", report.gradient_norm);
         record.put("update_ratio_mean", ratios.iter().sum::<f64>() / ratios.len().max(1) as f64);
         record.put("update_ratio_max", ratios.iter().copied().fold(0.0, f64::max));
+        if !self.setup.ranks.is_alone() {
+            let share = self.setup.ranks.take_waited().as_secs_f64() / self.window.since.elapsed().as_secs_f64().max(1e-9);
+            record.put("exposed_communication", share);
+        }
         self.write(state, &record, monitor)?;
         self.window = Window::new();
         Ok(())
     }
 
     fn write(&self, state: &mut State, record: &Record, monitor: &mut dyn Monitor) -> Result<()> {
-        state.metrics.write(record)?;
+        let Some(metrics) = &mut state.metrics else { return Ok(()) };
+        metrics.write(record)?;
         monitor.record(record);
         Ok(())
     }
 
     fn look_and_save(&mut self, state: &mut State, cursor: &Cursor, stop: &AtomicBool, monitor: &mut dyn Monitor) -> Result<()> {
         let (step, last) = (state.step, state.step == self.config().steps);
+        let ranks = self.setup.ranks.clone();
         let due = |every: u64| last || (every > 0 && step.is_multiple_of(every));
         let mut quantized = None;
+        // Rank 0 only, which alone is given rows: the others wait in the next collective; they could only repeat the same sums.
         if due(self.setup.eval.every) && !self.validation.is_empty() {
             let paused = Instant::now();
+            ranks.phase(Phase::Looking);
             let evaluation = evaluate(self.decoder, &state.parameters, self.validation)?;
             quantized = Some(evaluation.loss_quantized);
             self.write(state, &evaluation_record(step, &evaluation), monitor)?;
             self.evaluation = Some(evaluation);
             self.window.since += paused.elapsed();
         }
-        if due(self.setup.checkpoint.every) || stop.load(Ordering::Relaxed) {
+        self.save_when(due(self.setup.checkpoint.every) || self.stops(stop), state, cursor, quantized)
+    }
+
+    fn save_when(&mut self, due: bool, state: &State, cursor: &Cursor, quantized: Option<f64>) -> Result<()> {
+        if due {
             let paused = Instant::now();
+            self.setup.ranks.phase(Phase::Looking);
             self.saved = Some((state.step, self.save(state, cursor, quantized)?));
             self.window.since += paused.elapsed();
         }
@@ -184,7 +219,9 @@ impl Run<'_> {
 
     fn save(&self, state: &State, cursor: &Cursor, quantized: Option<f64>) -> Result<std::path::PathBuf> {
         let path = state.save(self.setup, cursor, quantized)?;
-        crate::checkpoint::prune(&self.setup.run_dir, self.setup.checkpoint.keep_last)?;
+        if self.setup.ranks.is_first() {
+            crate::checkpoint::prune(&self.setup.run_dir, self.setup.checkpoint.keep_last)?;
+        }
         Ok(path)
     }
 }

@@ -29,7 +29,8 @@ pub struct State {
     pub step: u64,
     pub parameters: Parameters,
     pub optimizer: Optimizer,
-    pub metrics: Sinks,
+    /// On rank 0.
+    pub metrics: Option<Sinks>,
     /// The run's own checkpoint that holds exactly this state, until a step is taken.
     pub saved: Option<PathBuf>,
 }
@@ -44,9 +45,10 @@ impl State {
     /// The metrics are opened, which cuts them to `step`, only when nothing else can be refused.
     fn with(setup: &Setup, step: u64, parameters: Parameters, load: impl FnOnce(&mut Optimizer) -> Result<()>) -> Result<Self> {
         let infos = parameter_infos(&parameters, setup.spec.heads, setup.spec.kv_heads);
-        let mut optimizer = Optimizer::new(&setup.optim, &infos, setup.train.steps)?;
+        let ranks = &setup.ranks;
+        let mut optimizer = Optimizer::for_rank(&setup.optim, &infos, setup.train.steps, ranks.rank(), ranks.size())?;
         load(&mut optimizer)?;
-        let metrics = Sinks::open(&setup.run_dir, step)?;
+        let metrics = ranks.is_first().then(|| Sinks::open(&setup.run_dir, step)).transpose()?;
         Ok(Self { step, parameters, optimizer, metrics, saved: None })
     }
 
@@ -71,7 +73,7 @@ impl State {
         self.write(setup, &setup.run_dir, val_loss_quantized, vec![(CURSOR.to_owned(), Payload::json(&cursor))])
     }
 
-    /// Writes a checkpoint with `extra` files into `folder`.
+    /// Writes a checkpoint with `extra` files into `folder`: rank 0 does, with the state of all. All ranks must come here.
     pub(super) fn write(
         &self,
         setup: &Setup,
@@ -79,10 +81,18 @@ impl State {
         val_loss_quantized: Option<f64>,
         extra: Vec<(String, Payload<'_>)>,
     ) -> Result<PathBuf> {
+        let whole = if setup.ranks.is_alone() { vec![] } else { self.gather(setup)? };
+        if !setup.ranks.is_first() {
+            return Ok(folder.join(checkpoint::folder_name(self.step)));
+        }
         let weights = host_tensors(&self.parameters)?;
         let borrowed = weights.iter().map(|(name, tensor)| Ok((name, tensor.dims(), host(tensor)?))).collect::<Result<Vec<_>>>()?;
         let weights = borrowed.iter().map(|(name, shape, data)| checkpoint::Tensor::new(*name, shape, data)).collect();
-        let state: Vec<_> = self.optimizer.state_tensors().collect();
+        let state: Vec<(String, &[f32])> = if setup.ranks.is_alone() {
+            self.optimizer.state_tensors().collect()
+        } else {
+            whole.iter().map(|(name, values)| (name.clone(), values.as_slice())).collect()
+        };
         let mut state: Vec<_> = state.iter().map(|(name, values)| checkpoint::Tensor::new(name, &[values.len()], values)).collect();
         state.sort_by(|a, b| a.name.cmp(&b.name));
         let mut files = vec![
@@ -100,6 +110,17 @@ impl State {
             ..Meta::default()
         };
         checkpoint::save(folder, self.step, files, meta)
+    }
+}
+
+impl State {
+    /// The optimizer's state of all ranks, on rank 0.
+    fn gather(&self, setup: &Setup) -> Result<Vec<(String, Vec<f32>)>> {
+        let first = setup.ranks.is_first();
+        self.optimizer.whole_state(|owner, mut values| {
+            setup.ranks.broadcast("optimizer state", owner, &mut values)?;
+            Ok(if first { values } else { vec![] })
+        })
     }
 }
 
