@@ -200,6 +200,12 @@ pub struct Bench {
     /// Timed repetitions.
     #[arg(long, default_value_t = 6)]
     pub steps: usize,
+    /// Train with every rule (optim), learning rates tuned, three seeds, and print the table; goes on where it was interrupted.
+    #[arg(long)]
+    pub compare: bool,
+    /// With --compare: the switches of outlier-safe pre-training instead of the rules.
+    #[arg(long, requires = "compare")]
+    pub osp: bool,
     #[command(flatten)]
     pub report: Report,
 }

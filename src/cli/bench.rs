@@ -157,6 +157,9 @@ struct RuleFigures {
 
 /// One update of each rule beside the forward and backward passes of the recipe's step.
 fn optim(command: &Bench, printer: &Printer) -> Result<Status> {
+    if command.compare {
+        return super::compare::run(command, &recipe(command)?, printer);
+    }
     let mut rig = Rig::new(recipe(command)?)?;
     rig.gradients()?;
     let mut passes = vec![];
@@ -185,6 +188,31 @@ fn optim(command: &Bench, printer: &Printer) -> Result<Status> {
     printer.table(&["rule", "ms per update", "% of step"], &figures.iter().map(row).collect::<Vec<_>>())?;
     Ok(Status::Done)
 }
+
+/// Seconds of one whole step of `recipe`: the median pass and the mean update.
+pub(super) fn cost(recipe: &Recipe, printer: &Printer) -> Result<f64> {
+    let assembled = crate::recipe::assemble(recipe.clone(), std::path::Path::new("recipe.toml"), candle_core::Device::Cpu, &mut |text| printer.note(text))?;
+    let mut recipe = recipe.clone();
+    recipe.model.vocab = Some(assembled.setup.spec.vocab);
+    let rule = recipe.optim.rule;
+    let mut rig = Rig::new(recipe)?;
+    let mut optimizer = rig.optimizer(rule)?;
+    let (mut passes, mut updates) = (vec![], 0.0);
+    for number in 0..=COST_STEPS {
+        let start = Instant::now();
+        rig.gradients()?;
+        let pass = start.elapsed();
+        step::update(&mut optimizer, number, &rig.parameters, &rig.gradients, false)?;
+        if number > 0 {
+            passes.push(pass);
+            updates += (start.elapsed() - pass).as_secs_f64();
+        }
+    }
+    Ok(median(passes).as_secs_f64() + updates / COST_STEPS as f64)
+}
+
+/// Steps timed by [`cost`]: a multiple of every period that is compared.
+const COST_STEPS: u64 = 20;
 
 /// Matrix products of the bench model and of decoding, dense and ternary.
 fn kernels(command: &Bench, printer: &Printer) -> Result<Status> {

@@ -3,6 +3,7 @@
 mod arguments;
 mod bench;
 pub mod chart;
+mod compare;
 mod data;
 mod decode;
 mod doctor;
@@ -15,6 +16,7 @@ mod memory;
 mod model;
 mod plan;
 pub mod printer;
+mod sweep;
 mod train;
 mod validate;
 mod verify_resume;
