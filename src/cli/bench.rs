@@ -9,7 +9,7 @@ use crate::model::{Decoder, GradientBuffers, Parameters, flops, init::initialize
 use crate::ops::cpu::bench::{Measurement, Shape, dense, ternary};
 use crate::ops::rng::Stream;
 use crate::optim::{Optimizer, RuleName};
-use crate::recipe::{Recipe, load};
+use crate::recipe::{Recipe, assemble, load};
 use crate::train::step;
 use serde::Serialize;
 use std::sync::Arc;
@@ -189,29 +189,37 @@ fn optim(command: &Bench, printer: &Printer) -> Result<Status> {
     Ok(Status::Done)
 }
 
-/// Seconds of one whole step of `recipe`: the median pass and the mean update.
-pub(super) fn cost(recipe: &Recipe, printer: &Printer) -> Result<f64> {
-    let assembled = crate::recipe::assemble(recipe.clone(), std::path::Path::new("recipe.toml"), candle_core::Device::Cpu, &mut |text| printer.note(text))?;
-    let mut recipe = recipe.clone();
-    recipe.model.vocab = Some(assembled.setup.spec.vocab);
-    let rule = recipe.optim.rule;
-    let mut rig = Rig::new(recipe)?;
-    let mut optimizer = rig.optimizer(rule)?;
-    let (mut passes, mut updates) = (vec![], 0.0);
+/// Seconds of a whole step of each recipe. The arms take turns, so that what the machine does beside them falls on all: the pass is the same
+/// for all of them and its median is taken over all turns, the update is each arm's mean (its steps may alternate between two costs).
+pub(super) fn costs(recipes: &[Recipe]) -> Result<Vec<f64>> {
+    let mut rigs = vec![];
+    for recipe in recipes {
+        let assembled = assemble(recipe.clone(), std::path::Path::new("recipe.toml"), candle_core::Device::Cpu, &mut |_| ())?;
+        let mut recipe = recipe.clone();
+        recipe.model.vocab = Some(assembled.setup.spec.vocab);
+        let rule = recipe.optim.rule;
+        let rig = Rig::new(recipe)?;
+        let optimizer = rig.optimizer(rule)?;
+        rigs.push((rig, optimizer, 0.0));
+    }
+    let mut passes = vec![];
     for number in 0..=COST_STEPS {
-        let start = Instant::now();
-        rig.gradients()?;
-        let pass = start.elapsed();
-        step::update(&mut optimizer, number, &rig.parameters, &rig.gradients, false)?;
-        if number > 0 {
-            passes.push(pass);
-            updates += (start.elapsed() - pass).as_secs_f64();
+        for (rig, optimizer, updates) in &mut rigs {
+            let start = Instant::now();
+            rig.gradients()?;
+            let pass = start.elapsed();
+            step::update(optimizer, number, &rig.parameters, &rig.gradients, false)?;
+            if number > 0 {
+                passes.push(pass);
+                *updates += (start.elapsed() - pass).as_secs_f64();
+            }
         }
     }
-    Ok(median(passes).as_secs_f64() + updates / COST_STEPS as f64)
+    let pass = median(passes).as_secs_f64();
+    Ok(rigs.into_iter().map(|(.., updates)| pass + updates / COST_STEPS as f64).collect())
 }
 
-/// Steps timed by [`cost`]: a multiple of every period that is compared.
+/// Steps timed by [`costs`]: a multiple of every period that is compared.
 const COST_STEPS: u64 = 20;
 
 /// Matrix products of the bench model and of decoding, dense and ternary.

@@ -1,11 +1,11 @@
 //! `osprey bench optim --compare RECIPE`: the rules against each other on real text, at equal tokens and at equal wall time.
 //!
-//! Every arm's learning rate is tuned over the same number of tries with the first seed; the best rate then runs with every seed, once for
-//! the recipe's number of steps and once for as many steps as fit into the time that AdamW takes. `--osp` compares the switches of
-//! outlier-safe pre-training instead.
+//! Every arm's learning rate is tuned over the same number of tries with the first seed; the best rate then runs with every seed for the
+//! recipe's number of steps. Then the arms' steps are timed, alternating, and each runs again for as many steps as fit into the time that
+//! the first arm takes. `--osp` compares the switches of outlier-safe pre-training instead.
 
 use super::arguments::Bench;
-use super::bench::cost;
+use super::bench::costs;
 use super::printer::Printer;
 use super::sweep::{Finding, Sweep, Trial, interval};
 use super::{Status, write_json};
@@ -75,8 +75,8 @@ struct Row {
     learning_rate: f64,
     /// The best rate was the smallest or the largest tried.
     at_edge: bool,
-    step_milliseconds: f64,
     equal_tokens: Vec<Finding>,
+    step_milliseconds: f64,
     steps_at_equal_time: u64,
     equal_time: Vec<Finding>,
 }
@@ -84,13 +84,22 @@ struct Row {
 pub(super) fn run(command: &Bench, recipe: &Recipe, printer: &Printer) -> Result<Status> {
     let arms = if command.osp { switches() } else { rules() };
     let mut sweep = Sweep::open(Path::new(&recipe.run.dir), printer)?;
-    let (mut rows, mut budget) = (vec![], None);
-    for arm in &arms {
-        let row = compare(arm, recipe, &mut sweep, &mut budget, command.osp, printer)?;
-        rows.push(row);
+    let mut rows = arms.iter().map(|arm| tune(arm, recipe, &mut sweep)).collect::<Result<Vec<_>>>()?;
+    if !command.osp {
+        let recipes: Vec<Recipe> = arms.iter().zip(&rows).map(|(arm, row)| with(recipe, arm, row.learning_rate, 1)).collect();
+        let costs = sweep.costs(&recipes, costs)?;
+        for ((arm, row), cost) in arms.iter().zip(&mut rows).zip(&costs) {
+            row.step_milliseconds = cost * 1e3;
+            row.steps_at_equal_time = (recipe.train.steps as f64 * costs[0] / cost).round().max(1.0) as u64;
+            row.equal_time = (1..=SEEDS).map(|seed| equal_time(arm, row, recipe, seed, &mut sweep)).collect::<Result<_>>()?;
+        }
     }
     write_json(command.report.json.as_deref(), &rows)?;
-    if command.osp { show_outliers(&rows, printer)? } else { show(&rows, recipe, printer)? }
+    if command.osp {
+        show_outliers(&rows, printer)?
+    } else {
+        show(&rows, recipe, printer)?
+    }
     Ok(Status::Done)
 }
 
@@ -110,7 +119,8 @@ fn with(recipe: &Recipe, arm: &Arm, rate: f64, seed: u64) -> Recipe {
     recipe
 }
 
-fn compare(arm: &Arm, base: &Recipe, sweep: &mut Sweep<'_>, budget: &mut Option<f64>, only_tokens: bool, printer: &Printer) -> Result<Row> {
+/// Every try, then the other seeds of the best.
+fn tune(arm: &Arm, base: &Recipe, sweep: &mut Sweep<'_>) -> Result<Row> {
     let mut tried = vec![];
     for factor in TRIES {
         let rate = arm.rate * factor;
@@ -120,39 +130,21 @@ fn compare(arm: &Arm, base: &Recipe, sweep: &mut Sweep<'_>, budget: &mut Option<
     }
     let loss = |found: &Finding| found.loss.unwrap_or(f64::INFINITY);
     let best = (0..tried.len()).min_by(|&a, &b| loss(&tried[a].1).total_cmp(&loss(&tried[b].1))).expect("there are tries");
-    let rate = tried[best].0;
+    let learning_rate = tried[best].0;
     let mut equal_tokens = vec![tried[best].1.clone()];
     for seed in 2..=SEEDS {
-        let label = format!("{} rate {rate:.2e} seed {seed}", arm.name);
-        equal_tokens.push(sweep.find(Trial { label, recipe: with(base, arm, rate, seed) })?);
-    }
-    let seconds = cost(&with(base, arm, rate, 1), printer)?;
-    let budget = *budget.get_or_insert(seconds * base.train.steps as f64);
-    let steps = ((budget / seconds).round() as u64).max(1);
-    let mut equal_time = vec![];
-    for seed in 1..=if only_tokens { 0 } else { SEEDS } {
-        let mut recipe = with(base, arm, rate, seed);
-        // Timings differ by a little from run to run; a rounded number of steps makes the same command find its results again.
-        recipe.train.steps = round(steps);
-        let label = format!("{} rate {rate:.2e} seed {seed}, equal time", arm.name);
-        equal_time.push(sweep.find(Trial { label, recipe })?);
+        let label = format!("{} rate {learning_rate:.2e} seed {seed}", arm.name);
+        equal_tokens.push(sweep.find(Trial { label, recipe: with(base, arm, learning_rate, seed) })?);
     }
     let at_edge = best == 0 || best + 1 == tried.len();
-    Ok(Row {
-        arm: arm.name,
-        learning_rate: rate,
-        at_edge,
-        step_milliseconds: seconds * 1e3,
-        equal_tokens,
-        steps_at_equal_time: round(steps),
-        equal_time,
-    })
+    Ok(Row { arm: arm.name, learning_rate, at_edge, equal_tokens, step_milliseconds: 0.0, steps_at_equal_time: 0, equal_time: vec![] })
 }
 
-/// To two digits.
-fn round(steps: u64) -> u64 {
-    let unit = 10u64.pow(steps.max(1).ilog10().saturating_sub(1));
-    (steps + unit / 2) / unit * unit
+fn equal_time(arm: &Arm, row: &Row, base: &Recipe, seed: u64, sweep: &mut Sweep<'_>) -> Result<Finding> {
+    let mut recipe = with(base, arm, row.learning_rate, seed);
+    recipe.train.steps = row.steps_at_equal_time;
+    let label = format!("{} rate {:.2e} seed {seed}, equal time", arm.name, row.learning_rate);
+    sweep.find(Trial { label, recipe })
 }
 
 fn losses(found: &[Finding]) -> String {
@@ -198,14 +190,4 @@ fn show_outliers(rows: &[Row], printer: &Printer) -> Result<()> {
         ))?;
     }
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn steps_are_rounded_to_two_digits() {
-        assert_eq!([7, 99, 101, 1249, 1251].map(round), [7, 99, 100, 1200, 1300]);
-    }
 }

@@ -56,7 +56,7 @@ impl<'p> Sweep<'p> {
 
     /// The finding of `trial`, from the file or from training now.
     pub(super) fn find(&mut self, trial: Trial) -> Result<Finding> {
-        let key = format!("{:016x}", xxhash_rust::xxh3::xxh3_64(to_toml(&trial.recipe)?.as_bytes()));
+        let key = key(&trial.recipe)?;
         if let Some(found) = self.known.get(&key) {
             return Ok(found.clone());
         }
@@ -67,6 +67,21 @@ impl<'p> Sweep<'p> {
         self.keep(&found)?;
         self.known.insert(found.recipe.clone(), found.clone());
         Ok(found)
+    }
+
+    /// Seconds per step of each of `recipes`, measured once for all of them together and then remembered.
+    pub(super) fn costs(&self, recipes: &[Recipe], measure: impl FnOnce(&[Recipe]) -> Result<Vec<f64>>) -> Result<Vec<f64>> {
+        let path = self.folder.join("costs.json");
+        let key = recipes.iter().map(key).collect::<Result<Vec<_>>>()?;
+        let kept = std::fs::read(&path).ok().and_then(|bytes| serde_json::from_slice::<(Vec<String>, Vec<f64>)>(&bytes).ok());
+        if let Some((_, costs)) = kept.filter(|(known, costs)| *known == key && costs.len() == key.len()) {
+            return Ok(costs);
+        }
+        self.printer.note("timing a step of every arm, alternating: let nothing else run");
+        let costs = measure(recipes)?;
+        let text = serde_json::to_string(&(key, &costs)).map_err(|error| Error::file(&path, error))?;
+        std::fs::write(&path, text).map_err(Error::io("write", &path))?;
+        Ok(costs)
     }
 
     fn train(&self, trial: Trial, key: String) -> Result<Finding> {
@@ -107,6 +122,11 @@ impl<'p> Sweep<'p> {
         let mut file = File::options().create(true).append(true).open(&path).map_err(Error::io("open", &path))?;
         file.write_all(line.as_bytes()).map_err(Error::io("write", &path))
     }
+}
+
+/// What a finding is remembered by: everything that decides it.
+fn key(recipe: &Recipe) -> Result<String> {
+    Ok(format!("{:016x}", xxhash_rust::xxh3::xxh3_64(to_toml(recipe)?.as_bytes())))
 }
 
 struct Silent;
