@@ -28,6 +28,7 @@ use crate::ops::host;
 use candle_core::{Device, Tensor};
 use engine::{Completion, HostRange, Runner, Work};
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -44,6 +45,8 @@ struct Group {
     runner: Mutex<Option<Runner>>,
     watch: Watch,
     waited: Mutex<Duration>,
+    /// The computation waits for a collective right now.
+    awaited: Arc<AtomicBool>,
     trace: Trace,
 }
 
@@ -74,11 +77,12 @@ impl Ranks {
         if world.size == 1 {
             return Ok(Self::alone());
         }
-        let (runner, watch) = if device.is_cpu() { join_over_mpi(world)? } else { join_over_nccl(world, device)? };
+        let awaited = Arc::<AtomicBool>::default();
+        let (runner, watch) = if device.is_cpu() { join_over_mpi(world, awaited.clone())? } else { join_over_nccl(world, device)? };
         watch.phase("starting");
         let trace = Trace::from_environment(world.rank);
         let runner = Mutex::new(Some(runner));
-        Ok(Self(Some(Arc::new(Group { rank: world.rank, size: world.size, runner, watch, waited: Mutex::default(), trace }))))
+        Ok(Self(Some(Arc::new(Group { rank: world.rank, size: world.size, runner, watch, waited: Mutex::default(), awaited, trace }))))
     }
 
     /// From 0.
@@ -249,6 +253,7 @@ impl Group {
     /// The watch ends the process when a collective cannot end.
     fn wait(&self, pending: Pending) -> Result<engine::Done> {
         let began = Instant::now();
+        self.awaited.store(true, Ordering::Relaxed);
         let first = pending.completion.recv_timeout(Duration::from_millis(20));
         let result = match first {
             Err(RecvTimeoutError::Timeout) => {
@@ -259,6 +264,7 @@ impl Group {
             }
             other => other,
         };
+        self.awaited.store(false, Ordering::Relaxed);
         *lock(&self.waited) += began.elapsed();
         let gone = |_| Err(Error::input("ranks", format!("the engine ended in collective {} ({})", pending.number, pending.name)));
         let done = result.unwrap_or_else(gone)?;
@@ -270,13 +276,13 @@ impl Group {
 }
 
 #[cfg(feature = "mpi")]
-fn join_over_mpi(world: World) -> Result<(Runner, Watch)> {
+fn join_over_mpi(world: World, awaited: Arc<AtomicBool>) -> Result<(Runner, Watch)> {
     // The port is chosen before the engine's thread starts, so that rank 0's address can travel over MPI itself.
     let listener = (world.rank == 0).then(|| watch::listen(0)).transpose()?;
     let port = listener.as_ref().and_then(|listener| listener.local_addr().ok()).map_or(0, |address| address.port());
     let mine = if world.local_size == world.size { format!("127.0.0.1:{port}") } else { format!("{}:{port}", host_name()) };
     let (runner, (rank, size, address)) = Runner::start(move || {
-        let (engine, rank, size) = mpi::Mpi::start()?;
+        let (engine, rank, size) = mpi::Mpi::start(awaited)?;
         let address = engine.share_text(&mine);
         Ok((Box::new(engine) as Box<dyn engine::Engine>, (rank, size, address)))
     })?;
@@ -296,7 +302,7 @@ fn host_name() -> String {
 }
 
 #[cfg(not(feature = "mpi"))]
-fn join_over_mpi(world: World) -> Result<(Runner, Watch)> {
+fn join_over_mpi(world: World, _awaited: Arc<AtomicBool>) -> Result<(Runner, Watch)> {
     Err(Error::input("ranks", format!("this is rank {} of {}, and this osprey was built without MPI", world.rank, world.size))
         .fix("build with `cargo build --release --features mpi`, or start one process"))
 }

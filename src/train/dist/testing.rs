@@ -76,6 +76,7 @@ pub(in crate::train) fn as_ranks<T: Send>(size: usize, work: impl Fn(Ranks) -> T
             runner: Mutex::new(Some(runner)),
             watch,
             waited: Mutex::default(),
+            awaited: Arc::default(),
             trace: Trace::from_environment(rank),
         })));
         let result = work(ranks.clone());
