@@ -9,6 +9,7 @@ arch=${2//./}
 shift 2
 cd "$(dirname "$0")"
 nvcc=${CUDA_HOME:+$CUDA_HOME/bin/}nvcc
+command -v "$nvcc" >/dev/null || { echo "$0: no nvcc: set CUDA_HOME to the CUDA toolkit's folder" >&2; exit 1; }
 [ $# -gt 0 ] || set -- *.cu
 for source in "$@"; do
     source=$(basename "$source" .cu)
