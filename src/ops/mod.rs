@@ -6,6 +6,7 @@
 pub mod attention;
 pub mod cpu;
 pub mod cross_entropy;
+pub mod cuda;
 pub mod embedding;
 pub mod gated;
 pub mod host;
