@@ -71,23 +71,23 @@ impl Int8Int4 {
     }
 
     fn encode_key_channel(&self, channel: usize, keys: &[f32], page: &mut [u8]) {
-        let affine = Affine::fit(keys.iter().copied(), KEY_LEVELS);
+        let affine = Affine::fit(keys, KEY_LEVELS);
         half::write(&mut page[self.layout.key_scales.clone()], channel, affine.scale);
         half::write(&mut page[self.layout.key_zeros.clone()], channel, affine.zero);
-        let codes = page[self.layout.key_codes.clone()][channel * TILE..].iter_mut();
-        codes.zip(keys).for_each(|(code, key)| *code = affine.code(*key, KEY_LEVELS));
+        affine.codes(keys, KEY_LEVELS, &mut page[self.layout.key_codes.clone()][channel * TILE..][..TILE]);
     }
 
     fn encode_value_row(&self, token: usize, row: &[f32], page: &mut [u8]) {
         let groups = self.head_dim.div_ceil(GROUP);
         for (index, group) in row.chunks(GROUP).enumerate() {
-            let affine = Affine::fit(group.iter().copied(), VALUE_LEVELS);
+            let affine = Affine::fit(group, VALUE_LEVELS);
             half::write(&mut page[self.layout.value_scales.clone()], token * groups + index, affine.scale);
             half::write(&mut page[self.layout.value_zeros.clone()], token * groups + index, affine.zero);
-            let (first, second) = group.split_at(group.len() / 2);
-            let codes = page[self.layout.value_codes.clone()][(token * self.head_dim + index * GROUP) / 2..].iter_mut();
-            let pairs = first.iter().zip(second).map(|(low, high)| affine.code(*low, VALUE_LEVELS) | affine.code(*high, VALUE_LEVELS) << 4);
-            codes.zip(pairs).for_each(|(code, pair)| *code = pair);
+            let mut codes = [0; GROUP];
+            affine.codes(group, VALUE_LEVELS, &mut codes);
+            let (low, high) = codes[..group.len()].split_at(group.len() / 2);
+            let bytes = page[self.layout.value_codes.clone()][(token * self.head_dim + index * GROUP) / 2..].iter_mut();
+            bytes.zip(low.iter().zip(high)).for_each(|(byte, (low, high))| *byte = low | high << 4);
         }
     }
 }
@@ -264,9 +264,8 @@ mod tests {
         for channel in 0..72 {
             let zero = half::read(&page[codec.layout.key_zeros.clone()], channel);
             let scale = half::read(&page[codec.layout.key_scales.clone()], channel);
-            let again = Affine { zero: f16::from_f32(zero), scale: f16::from_f32(scale) };
-            for token in 0..TILE {
-                assert_eq!(again.code(key_tile[channel * TILE + token], KEY_LEVELS), page[channel * TILE + token]);
+            for token in channel * TILE..(channel + 1) * TILE {
+                assert_eq!(super::super::affine::code(key_tile[token], zero, scale, KEY_LEVELS), page[token]);
             }
         }
         assert!(value_tile.chunks(padded(72)).all(|row| row[72..].iter().all(|x| *x == 0.0)));

@@ -96,6 +96,29 @@ fn bounds_hold() {
     });
 }
 
+/// Half a step per element, with the rounding of the result to f32; the interval form of the bound is no looser than that.
+#[test]
+fn eight_bit_keys_are_off_by_half_a_step_at_most() {
+    for width in WIDTHS {
+        let codec = Int8Int4::new(width);
+        for (kind, originals) in pages(width) {
+            let decoded = decode(&codec, &originals, &originals);
+            let scales = &decoded.page[codec.layout().key_scales.clone()];
+            for (i, x) in originals.iter().enumerate() {
+                let stored = f64::from(decoded.keys[i % width * TILE + i / width]);
+                let scale = f64::from(super::half::read(scales, i % width));
+                let bound = scale / 2.0 * (1.0 + 2f64.powi(-10)) + stored.abs() * 2f64.powi(-24);
+                assert!((x.to_f64() - stored).abs() <= bound, "width {width}, {kind}: {x} {stored} {scale}");
+                assert!(!kind.starts_with("constant") || x.to_f64() == stored, "width {width}, {kind}");
+            }
+        }
+        let (_, originals) = pages(width).swap_remove(0);
+        let page = decode(&codec, &originals, &originals).page;
+        let steps: f32 = (0..width).map(|channel| super::half::read(&page[codec.layout().key_scales.clone()], channel)).sum();
+        assert!(codec.score_error(&page, &vec![1.0; width]) <= steps / 2.0 / (width as f32).sqrt() * 1.001);
+    }
+}
+
 #[test]
 fn boxes_hold_the_originals() {
     for_each_case(|codec, case, originals| {
