@@ -4,8 +4,8 @@
 //! The last [`BYTES`] bytes of every page, little-endian: four f32 in the order of [`Certificate`]'s fields, then f16 `[64]`:
 //! norm(vhat_t) of each token, rounded up.
 
+use super::half::{float_up, half_up, widen, write};
 use super::{Codec, column_squares, finite, transpose, transposed};
-use super::half::{float_up, half_up, write};
 use crate::multiversion;
 use crate::ops::cpu::attention::{TILE, key_tile_len, padded, value_tile_len};
 use crate::ops::cpu::reduce;
@@ -70,7 +70,10 @@ multiversion! {
 /// norm(vhat_t) of each token, rounded up.
 pub(super) fn read_value_norms(page: &[u8], norms: &mut [f32]) {
     let bytes = &page[page.len() - BYTES + NORMS..];
-    norms.iter_mut().zip(bytes.chunks_exact(2)).for_each(|(norm, bytes)| *norm = f16::from_le_bytes([bytes[0], bytes[1]]).to_f32());
+    norms.iter_mut().zip(bytes.as_chunks::<2>().0).for_each(|(norm, bytes)| {
+        let bits = u16::from_le_bytes(*bytes);
+        *norm = if bits < f16::INFINITY.to_bits() { widen(bits) } else { f32::INFINITY };
+    });
 }
 
 /// Decodes `page` and writes its certificate against the originals, both `[64, head_dim]`.

@@ -180,12 +180,15 @@ multiversion! {
     /// sum_c |q_c| e_c, and sums of q_c^2 e_c^2 and of e_c^2.
     fn weighted_errors(query: &[f32], errors: &[u8]) -> (f32, [f32; 2]) {
         let (mut sums, mut weighted, mut squares): (Lanes, Lanes, Lanes) = ([0.0; LANES], [0.0; LANES], [0.0; LANES]);
-        for (channel, query) in query.iter().enumerate() {
-            let (error, lane) = (half::read(errors, channel), channel % LANES);
-            let product = query * error;
-            sums[lane] += product.abs();
-            weighted[lane] = product.mul_add(product, weighted[lane]);
-            squares[lane] = error.mul_add(error, squares[lane]);
+        for chunk in 0..query.len().div_ceil(LANES) {
+            let query = half::lanes(query, chunk);
+            let errors = half::read_lanes(errors, chunk);
+            for lane in 0..LANES {
+                let product = query[lane] * errors[lane];
+                sums[lane] += product.abs();
+                weighted[lane] = product.mul_add(product, weighted[lane]);
+                squares[lane] = errors[lane].mul_add(errors[lane], squares[lane]);
+            }
         }
         (join(sums, |x, y| x + y), [weighted, squares].map(|lanes| join(lanes, |x, y| x + y)))
     }
