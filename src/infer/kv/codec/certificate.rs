@@ -48,7 +48,9 @@ impl Certificate {
         if !self.key_radius.is_finite() {
             return f32::INFINITY;
         }
-        ((sum_of_squares(query) / query.len() as f32).sqrt() * self.key_radius * SUM_SLACK).min(interval)
+        // What products of tiny numbers lose below the smallest normal one is less than that.
+        let rms = (sum_of_squares(query) / query.len() as f32 + f32::MIN_POSITIVE).sqrt();
+        (rms * self.key_radius * SUM_SLACK).min(interval + f32::MIN_POSITIVE)
     }
 
     /// Variance of q . (k_t - khat_t) / sqrt(d) when the error has no preferred direction: norm(q)^2 E norm(k - khat)^2 / d^2.

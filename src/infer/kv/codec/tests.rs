@@ -76,6 +76,9 @@ fn bounds_hold() {
             queries.push((0..width).map(|channel| difference(token, channel).signum() as f32).collect());
         }
         queries.push((0..width).map(|channel| f32::from(u8::from(channel == 3))).collect());
+        for factor in [1e-42, 1e-25, 1e12] {
+            queries.push(queries[0].iter().map(|x| x * factor).collect());
+        }
         for query in &queries {
             let score = |token: usize| (0..width).map(|c| f64::from(query[c]) * difference(token, c)).sum::<f64>().abs();
             let worst = (0..TILE).map(score).fold(0.0, f64::max) / (width as f64).sqrt();
@@ -148,6 +151,30 @@ fn numbers_that_are_not_finite_give_finite_tiles_and_no_certificate() {
             let values = decode(&*codec, &healthy, &sick);
             assert!(values.keys.iter().chain(&values.values).all(|x| x.is_finite()), "{name}");
             assert_eq!(codec.value_error(&values.page), f32::INFINITY, "{name}");
+        }
+    }
+}
+
+/// Any bits at all: tiles are finite, and bounds are numbers.
+#[test]
+fn random_bits_are_stored_as_something_finite() {
+    let mut stream = Stream::new(13, "codec bits");
+    for name in NAMES {
+        for width in [8, 10, 64] {
+            let codec = codec(name, width).unwrap();
+            for finite in [false, true] {
+                let mut half = || loop {
+                    let x = f16::from_bits(stream.bits() as u16);
+                    if x.is_finite() || !finite {
+                        return x;
+                    }
+                };
+                let [keys, values] = [(); 2].map(|()| (0..TILE * width).map(|_| half()).collect::<Vec<_>>());
+                let decoded = decode(&*codec, &keys, &values);
+                assert!(decoded.keys.iter().chain(&decoded.values).all(|x| x.is_finite()), "{name}, width {width}");
+                let bounds = [codec.score_error(&decoded.page, &vec![1.0; width]), codec.value_error(&decoded.page)];
+                assert!(bounds.iter().all(|bound| bound.is_finite() == finite && *bound > 0.0), "{name}, width {width}: {bounds:?}");
+            }
         }
     }
 }
