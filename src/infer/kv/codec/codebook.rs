@@ -24,7 +24,7 @@ pub struct Codebook {
 }
 
 impl Codebook {
-    /// For directions in `width` (at least 2) dimensions and 1 to [`MOST_BITS`] bits. Made once per process.
+    /// For directions in `width` (at least 2) dimensions and 1 to 4 bits. Made once per process.
     pub fn new(width: usize, bits: usize) -> Arc<Self> {
         static MADE: Mutex<BTreeMap<(usize, usize), Arc<Codebook>>> = Mutex::new(BTreeMap::new());
         assert!(width >= 2 && (1..=MOST_BITS).contains(&bits), "no codebook of {bits} bits in {width} dimensions");
