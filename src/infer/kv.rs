@@ -1,6 +1,7 @@
 //! Keys and values of the tokens seen so far. A store keeps one layer's in its own form and hands attention tiles of 64 positions;
 //! a further format is one more implementation of [`Store`].
 
+pub mod codec;
 mod half_tiles;
 
 use crate::ops::cpu::attention::{KeyValueTiles, TiledKeyValues, attend_cached, key_tile_len, padded};
