@@ -3,7 +3,7 @@
 use super::printer::Printer;
 use super::{Status, export, generate, model, write_json};
 use crate::data::config::SourceConfig;
-use crate::data::{builtin, skill_probes};
+use crate::data::{Probe, Skill, builtin, skill_probes};
 use crate::error::{Error, Result};
 use crate::export::Target;
 use crate::infer::Engine;
@@ -11,12 +11,9 @@ use crate::infer::sampler::Config;
 use crate::model::LinearKind;
 use crate::recipe::Assembled;
 use crate::train::Outcome;
-use crate::validate::{Document, Limits, Options, Report, SkillPair, Verdict, compare};
+use crate::validate::{Document, Limits, Options, Report, SkillPair, Verdict, compare, probing};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
-
-/// The seed of probes: no training document has it.
-const PROBE_SEED: u64 = u64::MAX;
 
 #[derive(Serialize)]
 struct Finished {
@@ -94,12 +91,23 @@ fn validate(assembled: &Assembled, checkpoint: &Path, target: Target, path: &Pat
         return Ok(None);
     }
     let (artifact, reference) = (Engine::load(path)?, Engine::load(checkpoint)?);
-    let probes =
-        builtin_source(assembled).map(|config| skill_probes(config, PROBE_SEED, assembled.recipe.validate.probes)).unwrap_or_default();
+    let probes = probes(assembled, &artifact)?;
     // Engines run a dequantized ternary model with unrounded activations: another arithmetic than it was trained with.
     let limits = (assembled.setup.spec.linear == LinearKind::Ternary && !target.packs_ternary()).then_some(Limits::DEQUANTIZED_TERNARY);
     let options = Options { worst: 10, probes, limits, ..Options::default() };
     compare(&artifact, &reference, &documents, &options, |_| ()).map(Some)
+}
+
+/// Questions about what the recipe trains on: short skills, and needles and lists where it has some.
+fn probes(assembled: &Assembled, artifact: &Engine) -> Result<Vec<Probe>> {
+    let (Some(config), count) = (builtin_source(assembled), assembled.recipe.validate.probes) else { return Ok(vec![]) };
+    let mut probes = skill_probes(config, probing::SEED, count);
+    probes.retain(|probe| config.trains(probe.skill));
+    if config.trains(Skill::Needle) || config.trains(Skill::Pair) {
+        let long = probing::long(artifact.tokenizer()?, artifact.spec().context, count)?;
+        probes.extend(long.into_iter().filter(|probe| config.trains(probe.skill)));
+    }
+    Ok(probes)
 }
 
 /// What a model scores that knows the form of a skill's documents but not the skill.

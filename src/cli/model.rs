@@ -2,9 +2,10 @@
 
 use super::arguments::Text;
 use super::printer::Printer;
+use crate::data::Skill;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
-use crate::validate::{Document, Protocol, Report, Verdict, documents};
+use crate::validate::{Document, Protocol, Report, SpotPair, Verdict, documents};
 
 /// The documents that the options name, cut to `context` tokens.
 pub(super) fn read(text: &Text, tokenizer: &Tokenizer, context: usize) -> Result<Vec<Document>> {
@@ -36,6 +37,7 @@ pub(super) fn show(report: &Report, printer: &Printer) -> Result<()> {
         rows.push(row(&label, &[skill.reference * 100.0, skill.artifact * 100.0], 1, String::new()));
     }
     printer.table(&["", "before", "after", ""], &rows)?;
+    show_places(report, printer)?;
     printer.data(format!(
         "{} tokens of {} documents; {}: {:.3} bits per weight, {:.2} MB; {:.0} prompt and {:.0} decoded tokens/s; cache {} {} bytes per token",
         found.tokens,
@@ -57,6 +59,29 @@ pub(super) fn show(report: &Report, printer: &Printer) -> Result<()> {
     }
     report.failures.iter().try_for_each(|failure| printer.data(format!("fell short: {failure}")))?;
     printer.data(if report.verdict == Verdict::Pass { "verdict: pass" } else { "verdict: fail" })
+}
+
+/// Recall after, by length (down) and depth (across); with what it was before where that differs.
+fn show_places(report: &Report, printer: &Printer) -> Result<()> {
+    for skill in [Skill::Needle, Skill::Pair] {
+        let spots: Vec<&SpotPair> = report.recall_by_place.iter().filter(|pair| pair.skill == skill).collect();
+        let mut lengths: Vec<usize> = spots.iter().map(|pair| pair.spot.length).collect();
+        lengths.dedup();
+        let Some(&first) = lengths.first() else { continue };
+        let depths = spots.iter().filter(|pair| pair.spot.length == first).map(|pair| format!("{:.0}% deep", pair.spot.depth * 100.0));
+        let header: Vec<String> = std::iter::once(format!("{}, % by tokens", skill.name())).chain(depths).collect();
+        let cell = |pair: &SpotPair| match (pair.reference * 100.0, pair.artifact * 100.0) {
+            (before, after) if before == after => format!("{after:.0}"),
+            (before, after) => format!("{after:.0} (was {before:.0})"),
+        };
+        let row = |length: &usize| {
+            let cells = spots.iter().filter(|pair| pair.spot.length == *length).map(|pair| cell(pair));
+            std::iter::once(length.to_string()).chain(cells).collect()
+        };
+        let header: Vec<&str> = header.iter().map(String::as_str).collect();
+        printer.table(&header, &lengths.iter().map(row).collect::<Vec<Vec<String>>>())?;
+    }
+    Ok(())
 }
 
 fn row(label: &str, values: &[f64; 2], digits: usize, remark: String) -> Vec<String> {

@@ -3,10 +3,10 @@
 use super::documents::Document;
 use super::evaluate::{Evaluation, ROWS, check_finite, session_for};
 use super::limits::Limits;
-use super::report::{Report, SkillPair, TokenLoss, Verdict};
+use super::recall::ask;
+use super::report::{Report, TokenLoss, Verdict};
 use super::rows::{divergence, log_sum_exp};
-use super::skills::{SkillScore, skills};
-use crate::data::builtin::{Probe, Skill};
+use crate::data::builtin::Probe;
 use crate::error::{Error, Result};
 use crate::infer::kv::Format;
 use crate::infer::sampler::argmax;
@@ -57,7 +57,7 @@ pub fn compare(
         progress(index + 1);
     }
     let found = totals.report(artifact, documents, options)?;
-    Ok(Report { skills: pair(artifact, reference, options)?, ..found }.with_recall().judge())
+    Ok(found.with_recall(&ask(artifact, reference, options)?).judge())
 }
 
 fn check_vocabularies(artifact: &Engine, reference: &Engine) -> Result<()> {
@@ -137,30 +137,9 @@ impl Totals {
             recall: None,
             reference_recall: None,
             skills: vec![],
+            recall_by_place: vec![],
             worst_tokens: self.worst.into_iter().map(|(token, id)| TokenLoss { text: spell(id), ..token }).collect(),
         })
-    }
-}
-
-fn pair(artifact: &Engine, reference: &Engine, options: &Options) -> Result<Vec<SkillPair>> {
-    if options.probes.is_empty() {
-        return Ok(vec![]);
-    }
-    let (after, before) = (skills(artifact, &options.probes, options.cache)?, skills(reference, &options.probes, Format::F32)?);
-    let share = |scores: &[SkillScore], skill: Skill| scores.iter().find(|score| score.skill == skill).map_or(0.0, SkillScore::share);
-    let pairs = after.iter().map(|score| SkillPair {
-        skill: score.skill,
-        probes: score.probes,
-        reference: share(&before, score.skill),
-        artifact: score.share(),
-    });
-    Ok(pairs.collect())
-}
-
-impl Report {
-    fn with_recall(self) -> Self {
-        let recall = self.skills.iter().find(|pair| pair.skill == Skill::Recall).copied();
-        Self { recall: recall.map(|pair| pair.artifact), reference_recall: recall.map(|pair| pair.reference), ..self }
     }
 }
 

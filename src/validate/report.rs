@@ -2,7 +2,7 @@
 
 use super::evaluate::Evaluation;
 use super::limits::Limits;
-use crate::data::builtin::Skill;
+use crate::data::builtin::{Skill, Spot};
 use crate::infer::bench::Speed;
 use serde::Serialize;
 
@@ -38,6 +38,17 @@ pub struct SkillPair {
     pub artifact: f64,
 }
 
+/// Shares of solved probes before and after, of one skill at one place of long texts.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct SpotPair {
+    pub skill: Skill,
+    #[serde(flatten)]
+    pub spot: Spot,
+    pub probes: usize,
+    pub reference: f64,
+    pub artifact: f64,
+}
+
 /// An artifact against its reference.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Report {
@@ -61,10 +72,12 @@ pub struct Report {
     pub speed: Speed,
     pub kv: String,
     pub kv_bytes_per_token: usize,
-    /// Share of recall probes solved, where the model knows the built-in corpus.
+    /// Share of probes of recall, needles and pairs solved, where the model knows the built-in corpus.
     pub recall: Option<f64>,
     pub reference_recall: Option<f64>,
     pub skills: Vec<SkillPair>,
+    /// Needles and pairs by length (in tokens) and depth.
+    pub recall_by_place: Vec<SpotPair>,
     /// The tokens with the largest divergence, worst first.
     pub worst_tokens: Vec<TokenLoss>,
 }

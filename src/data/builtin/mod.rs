@@ -112,6 +112,11 @@ impl Config {
         if self.stories > 0.0 { grammar::grammar().story(random) } else { skills::document(self.any_skill(), self, random) }
     }
 
+    /// Whether there are documents of `skill`.
+    pub fn trains(&self, skill: Skill) -> bool {
+        self.skills().iter().any(|(other, share)| *other == skill && *share > 0.0)
+    }
+
     fn skills(&self) -> [(Skill, f64); 5] {
         [
             (Skill::Recall, self.recall),
