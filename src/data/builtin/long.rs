@@ -24,8 +24,6 @@ const SECOND: [&str; 16] =
 
 /// Facts in a document of needles, at most.
 const MOST_FACTS: u64 = 8;
-/// Questions after a list, at most.
-const MOST_QUESTIONS: usize = 32;
 
 /// What is to be remembered: a name and its number of two digits.
 #[derive(Clone)]
@@ -39,10 +37,10 @@ impl Fact {
         format!("Remember: {} {}.", self.name, self.number)
     }
 
-    /// A line of a list; the remark only takes room.
-    fn line(&self, random: &mut Random) -> String {
-        let remark = grammar().line("{place.sight}, {time.sky}", random);
-        format!("{} {}: {remark}.\n", self.name, self.number)
+    /// A line of a list; a remark only takes room.
+    fn line(&self, remark: bool, random: &mut Random) -> String {
+        let remark = if remark { grammar().line(": {place.sight}, {time.sky}", random) } else { String::new() };
+        format!("{} {}{remark}.\n", self.name, self.number)
     }
 }
 
@@ -106,17 +104,19 @@ pub(super) fn needles(bytes: usize, random: &mut Random) -> String {
     text + "\n" + &asked(&facts)
 }
 
-/// A document of about `bytes` bytes with a list and questions about some of it.
+/// A document of about `bytes` bytes with a list, half of the time one without remarks, and a question about each of its lines.
 pub(super) fn list(bytes: usize, random: &mut Random) -> String {
     let all = facts(usize::MAX, random);
+    let remark = random.below(2) == 0;
     let mut text = String::with_capacity(bytes + 128);
-    let mut used = 0;
-    // A question takes about a sixth of its line.
-    while used < all.len() && (used < 2 || text.len() + 10 * used.min(MOST_QUESTIONS) < bytes) {
-        text += &all[used].line(random);
+    let (mut used, mut questions) = (0, 0);
+    while used < all.len() && (used < 2 || text.len() + questions < bytes) {
+        text += &all[used].line(remark, random);
+        questions += asked([&all[used]]).len() - "Asked:".len();
         used += 1;
     }
-    let questions = random.sample(&all[..used], MOST_QUESTIONS);
+    let mut questions = all[..used].to_vec();
+    random.shuffle(&mut questions);
     text + &asked(&questions)
 }
 
@@ -223,7 +223,7 @@ fn lines(length: usize, depths: &[f64], ruler: &mut Ruler<'_>, random: &mut Rand
     let whole = length.saturating_sub(ruler.question());
     let (mut text, mut at, mut used) = (String::new(), 0, 0);
     for fact in &all {
-        let line = fact.line(random);
+        let line = fact.line(true, random);
         let own = (ruler.measure)(&line);
         if used >= 2 && at + own > whole {
             break;
@@ -284,7 +284,7 @@ mod tests {
             let (name, fact) = fact_of(probe);
             let (list, _) = probe.prompt.rsplit_once("\nAsked").unwrap();
             let lines: Vec<&str> = list.lines().collect();
-            let line = lines.iter().position(|line| line.starts_with(&format!("{fact}:"))).unwrap();
+            let line = lines.iter().position(|line| line.starts_with(&fact)).unwrap();
             assert_eq!(line, (spot.depth * (lines.len() - 1) as f64).round() as usize);
             assert_eq!(list.matches(&name).count(), 1);
             assert!(probe.prompt.len() < spot.length && probe.prompt.len() + 130 > spot.length);
