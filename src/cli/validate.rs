@@ -14,7 +14,7 @@ pub(super) fn run(command: &Validate, printer: &Printer) -> Result<Status> {
     let context = artifact.spec().context.min(reference.spec().context);
     let documents = model::read(&command.text, artifact.tokenizer()?, context)?;
     let probes = probing::probes(&reference, context)?;
-    let options = Options { worst: 10, probes, ..Options::default() };
+    let options = Options { worst: 10, probes, cache: command.cache.options()?, ..Options::default() };
     let report = compare(&artifact, &reference, &documents, &options, |_| ())?;
     write_json(command.report.json.as_deref(), &report)?;
     model::show(&report, printer)?;

@@ -3,6 +3,7 @@
 //! [`documents`] is the protocol both commands share; [`evaluate()`] measures one model, [`compare()`] an artifact against its reference and
 //! says whether it may be shipped.
 
+mod cache;
 mod compare;
 pub mod documents;
 mod evaluate;
@@ -14,6 +15,7 @@ mod report;
 mod rows;
 mod skills;
 
+pub use cache::{CacheReport, Classes};
 pub use compare::{Options, compare};
 pub use documents::{Document, Protocol};
 pub use evaluate::{Evaluation, evaluate};

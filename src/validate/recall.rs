@@ -5,8 +5,7 @@ use super::report::{Report, SkillPair, SpotPair};
 use super::skills::{SkillScore, outcomes};
 use crate::data::builtin::{Probe, Skill};
 use crate::error::Result;
-use crate::infer::kv::Format;
-use crate::infer::{Engine, Session};
+use crate::infer::{Engine, Session, cache};
 
 /// What came of each probe, before and after.
 pub(super) struct Answers<'p> {
@@ -18,11 +17,11 @@ pub(super) struct Answers<'p> {
 /// Asks both for all probes of `options`.
 pub(super) fn ask<'p>(artifact: &Engine, reference: &Engine, options: &'p Options) -> Result<Answers<'p>> {
     let context = artifact.spec().context.min(reference.spec().context);
-    let ask = |engine, cache| match options.probes.as_slice() {
+    let ask = |engine, cache: cache::Options| match options.probes.as_slice() {
         [] => Ok(vec![]),
         probes => outcomes(&mut Session::new(engine, cache, context)?, probes),
     };
-    Ok(Answers { probes: &options.probes, reference: ask(reference, Format::F32)?, artifact: ask(artifact, options.cache)? })
+    Ok(Answers { probes: &options.probes, reference: ask(reference, options.reference_cache())?, artifact: ask(artifact, options.cache)? })
 }
 
 impl Answers<'_> {

@@ -1,5 +1,6 @@
 //! What a comparison found, in the contract's keys.
 
+use super::cache::CacheReport;
 use super::evaluate::Evaluation;
 use super::limits::Limits;
 use crate::data::builtin::{Skill, Spot};
@@ -71,7 +72,10 @@ pub struct Report {
     #[serde(flatten)]
     pub speed: Speed,
     pub kv: String,
-    pub kv_bytes_per_token: usize,
+    /// Over all layers, of what attention reads.
+    pub kv_bytes_per_token: f64,
+    #[serde(flatten)]
+    pub cache: CacheReport,
     /// Share of probes of recall, needles and pairs solved, where the model knows the built-in corpus.
     pub recall: Option<f64>,
     pub reference_recall: Option<f64>,
@@ -103,6 +107,9 @@ impl Report {
                 let shares = format!("from {:.1}% to {:.1}%", reference * 100.0, artifact * 100.0);
                 failures.push(format!("{} fell {shares}; {}% may be lost", skill.name(), skill_loss * 100.0));
             }
+        }
+        if let Some(violations) = self.cache.certificate_violations.filter(|violations| *violations > 0) {
+            failures.push(format!("{violations} outputs of attention lie outside their certificates: a defect of this program"));
         }
         self.verdict = if failures.is_empty() { Verdict::Pass } else { Verdict::Fail };
         self.failures = failures;

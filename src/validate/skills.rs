@@ -3,9 +3,8 @@
 use crate::data::builtin::{Probe, Skill};
 use crate::error::Result;
 use crate::infer::generate::{Generation, prompt_ids};
-use crate::infer::kv::Format;
 use crate::infer::sampler::Config;
-use crate::infer::{Engine, Session};
+use crate::infer::{Engine, Session, cache};
 use serde::Serialize;
 
 /// How one skill went.
@@ -40,7 +39,7 @@ impl SkillScore {
 ///
 /// # Errors
 /// When the engine has no tokenizer, or one that cannot spell a probe.
-pub fn skills(engine: &Engine, probes: &[Probe], cache: Format) -> Result<Vec<SkillScore>> {
+pub fn skills(engine: &Engine, probes: &[Probe], cache: impl Into<cache::Options>) -> Result<Vec<SkillScore>> {
     Ok(SkillScore::of(probes, &outcomes(&mut Session::new(engine, cache, engine.spec().context)?, probes)?))
 }
 
@@ -76,6 +75,7 @@ fn solves(session: &mut Session<'_>, held: &mut Vec<u32>, probe: &Probe) -> Resu
 mod tests {
     use super::*;
     use crate::data::builtin::long_probes;
+    use crate::infer::kv::Format;
     use crate::infer::testing::{Artifact, dense, weights};
 
     #[test]
