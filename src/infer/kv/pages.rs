@@ -213,6 +213,14 @@ impl Pages {
     }
 }
 
+#[cfg(test)]
+impl Pages {
+    /// Changes what is remembered of every page's originals.
+    pub(super) fn damage_originals(&mut self) {
+        self.facts.iter_mut().for_each(|facts| facts.checksum ^= 1);
+    }
+}
+
 /// Errors and sizes of one page towards one query.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct PageError {

@@ -125,6 +125,8 @@ fn recover(group: &Group<'_>, mut short: Vec<Short>, finals: &mut [Assessment], 
         }
     }
     if !short.is_empty() {
+        let every = Promoted { keys: TileSet::below(group.own), values: TileSet::below(group.own) };
+        verify(group, &every, &promoted)?;
         for Short { line, .. } in &short {
             let lines = [Line { tiles: None, ..group.lines[*line] }];
             let out = &mut out[line * head_dim..][..head_dim];
@@ -132,7 +134,7 @@ fn recover(group: &Group<'_>, mut short: Vec<Short>, finals: &mut [Assessment], 
             finals[*line] = Assessment::exact(out);
         }
         counters.dense += short.len() as u64;
-        promoted = Promoted { keys: TileSet::below(group.own), values: TileSet::below(group.own) };
+        promoted = every;
     }
     counters.bytes_moved += ((promoted.keys.len() + promoted.values.len()) * group.pages.half_page_bytes()) as u64;
     counters.pages_promoted +=

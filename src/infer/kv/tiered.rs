@@ -6,7 +6,7 @@ use super::pages::{Kept, Pages, View};
 use super::recovery::{Group, certify};
 use super::{Queries, Store};
 use crate::error::Result;
-use crate::infer::attention::{Attention, GroupQuery, Policy};
+use crate::infer::attention::{Attention, GroupQuery};
 use crate::infer::cache::{Counters, Options};
 use crate::ops::cpu::attention::{Line, TILE, TileSet, attend_lines};
 use rayon::prelude::*;
