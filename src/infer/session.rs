@@ -1,6 +1,6 @@
 //! One sequence on an engine: its cache, and the three ways on: many tokens, one token, back.
 
-use super::cache::{Counters, Options};
+use super::cache::{self, Counters, Options};
 use super::engine::{Engine, Work};
 use super::kv::{self, Store};
 use crate::error::{Error, Result};
@@ -33,6 +33,10 @@ impl<'e> Session<'e> {
             return Err(Error::input("context", format!("{capacity} tokens are more than the {} the model was made for", spec.context))
                 .fix(format!("ask for at most {}", spec.context)));
         }
+        cache::check_memory(
+            cache::bytes(&options, capacity, spec.layers, spec.kv_heads, spec.head_dim)?,
+            cache::available_memory(),
+        )?;
         Ok(Self {
             engine,
             rope: RotaryTable::new(spec.head_dim, spec.rope_theta, capacity),
