@@ -30,7 +30,12 @@ pub(super) fn show(report: &Report, printer: &Printer) -> Result<()> {
         ),
         row("perplexity", &[report.reference_nll_per_token.exp(), found.perplexity], 4, String::new()),
         row("mean KL, nats", &[0.0, report.kl_mean], 6, format!("at most {}", limits.kl_mean)),
-        row("same likeliest token, %", &[100.0, report.top1_agreement * 100.0], 3, format!("at least {}", limits.top1_agreement * 100.0)),
+        row(
+            "same likeliest token, %",
+            &[100.0, report.top1_agreement * 100.0],
+            3,
+            format!("at least {}", (limits.top1_agreement * 1e6).round() / 1e4),
+        ),
     ];
     for skill in &report.skills {
         let label = format!("{}, % of {}", skill.skill.name(), skill.probes);
@@ -78,7 +83,9 @@ pub(super) fn cache_name(report: &Report) -> String {
 /// What was certified, what it took, and how far bounds are from errors.
 fn show_certificates(report: &Report, printer: &Printer) -> Result<()> {
     let cache = &report.cache;
-    let (Some(violations), Some(promoted)) = (cache.certificate_violations, cache.pages_promoted) else { return Ok(()) };
+    let (Some(violations), Some(promoted), Some(_)) = (cache.certificate_violations, cache.pages_promoted, cache.bound_mean) else {
+        return Ok(());
+    };
     let percent = |share: Option<f64>| share.map_or_else(String::new, |share| format!("{:.3}%", share * 100.0));
     printer.data(format!(
         "certificates: {violations} violations; bound {} in the mean and {} at most, error {} and {}{}; estimate {}, error beyond twice that {}",

@@ -33,10 +33,7 @@ impl<'e> Session<'e> {
             return Err(Error::input("context", format!("{capacity} tokens are more than the {} the model was made for", spec.context))
                 .fix(format!("ask for at most {}", spec.context)));
         }
-        cache::check_memory(
-            cache::bytes(&options, capacity, spec.layers, spec.kv_heads, spec.head_dim)?,
-            cache::available_memory(),
-        )?;
+        cache::check_memory(cache::bytes(&options, capacity, spec.layers, spec.kv_heads, spec.head_dim)?, cache::available_memory())?;
         Ok(Self {
             engine,
             rope: RotaryTable::new(spec.head_dim, spec.rope_theta, capacity),

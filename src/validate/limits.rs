@@ -63,11 +63,13 @@ impl Limits {
     /// Both losses together.
     #[must_use]
     pub fn and(self, other: Self) -> Self {
+        // Sums such as 0.01 + 0.001 would show noise in their last digits.
+        let round = |value: f64| (value * 1e9).round() / 1e9;
         Self {
-            nll_gap: self.nll_gap + other.nll_gap,
-            kl_mean: self.kl_mean + other.kl_mean,
-            top1_agreement: (self.top1_agreement + other.top1_agreement - 1.0).max(0.0),
-            skill_loss: self.skill_loss + other.skill_loss,
+            nll_gap: round(self.nll_gap + other.nll_gap),
+            kl_mean: round(self.kl_mean + other.kl_mean),
+            top1_agreement: round((self.top1_agreement + other.top1_agreement - 1.0).max(0.0)),
+            skill_loss: round(self.skill_loss + other.skill_loss),
         }
     }
 

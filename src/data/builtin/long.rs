@@ -4,7 +4,7 @@
 //! needles:  ... the bag was open Remember: bakar 42. and the kite was ...
 //!           Asked: bakar 42;
 //! lists:    bakar 42: bees hummed over the clover, snow lay smooth on every wall.
-//!           dolin 17: white sails moved along the shore, the first swallows came back.
+//!           dolin 17: bees hummed over the clover, snow lay smooth on every wall.
 //!           Asked: dolin 17; bakar 42;
 //! ```
 //!
@@ -17,13 +17,14 @@ use crate::data::random::Random;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
-const FIRST: [&str; 20] =
-    ["ba", "bo", "da", "do", "fa", "fe", "ga", "go", "ka", "ke", "la", "lo", "mo", "mu", "pa", "pe", "ra", "ro", "ta", "vo"];
-const SECOND: [&str; 16] =
-    ["bex", "dun", "fim", "gorn", "kar", "lin", "mur", "nop", "pik", "rud", "sarn", "tev", "vok", "wim", "xal", "zor"];
+const FIRST: [&str; 16] = ["ba", "bo", "da", "do", "fa", "ga", "go", "ka", "ke", "la", "mo", "mu", "pe", "ra", "ta", "vo"];
+const SECOND: [&str; 13] = ["bex", "dun", "fim", "gorn", "kar", "lin", "nop", "pik", "rud", "tev", "wim", "xal", "zor"];
 
 /// Facts in a document of needles, at most.
 const MOST_FACTS: u64 = 8;
+
+/// Questions after a document, at least: short documents ask for the same again, so that much of them can be learned from.
+const QUESTIONS: usize = 24;
 
 /// What is to be remembered: a name and its number of two digits.
 #[derive(Clone)]
@@ -37,9 +38,7 @@ impl Fact {
         format!("Remember: {} {}.", self.name, self.number)
     }
 
-    /// A line of a list; a remark only takes room.
-    fn line(&self, remark: bool, random: &mut Random) -> String {
-        let remark = if remark { grammar().line(": {place.sight}, {time.sky}", random) } else { String::new() };
+    fn line(&self, remark: &str) -> String {
         format!("{} {}{remark}.\n", self.name, self.number)
     }
 }
@@ -48,6 +47,21 @@ impl Fact {
 fn facts(count: usize, random: &mut Random) -> Vec<Fact> {
     let names: Vec<String> = FIRST.iter().flat_map(|first| SECOND.iter().map(move |second| format!("{first}{second}"))).collect();
     random.sample(&names, count).into_iter().map(|name| Fact { name, number: 10 + random.below(90) }).collect()
+}
+
+/// What takes room in every line of one list.
+fn remark(random: &mut Random) -> String {
+    grammar().line(": {place.sight}, {time.sky}", random)
+}
+
+/// Questions for all of `facts`, round after round.
+fn questions(facts: &mut [Fact], random: &mut Random) -> String {
+    let mut order = vec![];
+    while order.len() < QUESTIONS.max(facts.len()) {
+        random.shuffle(facts);
+        order.extend_from_slice(facts);
+    }
+    asked(&order)
 }
 
 fn asked<'f>(facts: impl IntoIterator<Item = &'f Fact>) -> String {
@@ -100,24 +114,21 @@ pub(super) fn needles(bytes: usize, random: &mut Random) -> String {
             push(&mut text, &needle);
         }
     }
-    random.shuffle(&mut facts);
-    text + "\n" + &asked(&facts)
+    text + "\n" + &questions(&mut facts, random)
 }
 
-/// A document of about `bytes` bytes with a list, half of the time one without remarks, and a question about each of its lines.
+/// A document of about `bytes` bytes with a list, half of the time one without remarks, and questions about each of its lines.
 pub(super) fn list(bytes: usize, random: &mut Random) -> String {
-    let all = facts(usize::MAX, random);
-    let remark = random.below(2) == 0;
-    let mut text = String::with_capacity(bytes + 128);
-    let (mut used, mut questions) = (0, 0);
-    while used < all.len() && (used < 2 || text.len() + questions < bytes) {
-        text += &all[used].line(remark, random);
-        questions += asked([&all[used]]).len() - "Asked:".len();
+    let mut all = facts(usize::MAX, random);
+    let remark = if random.below(2) == 0 { remark(random) } else { String::new() };
+    let mut text = String::with_capacity(bytes + 512);
+    let (mut used, mut asking) = (0, 0);
+    while used < all.len() && (used < 2 || text.len() + asking < bytes) {
+        text += &all[used].line(&remark);
+        asking += asked([&all[used]]).len() - "Asked:".len();
         used += 1;
     }
-    let mut questions = all[..used].to_vec();
-    random.shuffle(&mut questions);
-    text + &asked(&questions)
+    text + &questions(&mut all[..used], random)
 }
 
 fn push(text: &mut String, words: &str) {
@@ -221,9 +232,10 @@ fn fill(text: &mut String, room: usize, ruler: &mut Ruler<'_>, words: &mut Words
 fn lines(length: usize, depths: &[f64], ruler: &mut Ruler<'_>, random: &mut Random) -> (String, Vec<Fact>) {
     let all = facts(usize::MAX, random);
     let whole = length.saturating_sub(ruler.question());
+    let remark = remark(random);
     let (mut text, mut at, mut used) = (String::new(), 0, 0);
     for fact in &all {
-        let line = fact.line(true, random);
+        let line = fact.line(&remark);
         let own = (ruler.measure)(&line);
         if used >= 2 && at + own > whole {
             break;
@@ -287,7 +299,9 @@ mod tests {
             let line = lines.iter().position(|line| line.starts_with(&fact)).unwrap();
             assert_eq!(line, (spot.depth * (lines.len() - 1) as f64).round() as usize);
             assert_eq!(list.matches(&name).count(), 1);
-            assert!(probe.prompt.len() < spot.length && probe.prompt.len() + 130 > spot.length);
+            assert!(
+                probe.prompt.len() < spot.length && (probe.prompt.len() + 160 > spot.length || lines.len() == FIRST.len() * SECOND.len())
+            );
         }
     }
 
@@ -300,7 +314,7 @@ mod tests {
             let (body, questions) = text.rsplit_once("\nAsked:").unwrap();
             let questions: Vec<&str> = questions.split_terminator(';').map(str::trim).collect();
             assert!(questions.iter().all(|fact| body.matches(fact).count() == 1), "{text}");
-            assert!(text.len() < config.longest * 11 / 10 + 200, "{}", text.len());
+            assert!(text.len() < config.longest * 11 / 10 + 500, "{}", text.len());
             (shortest, longest) = (shortest.min(text.len()), longest.max(text.len()));
         }
         assert!(shortest < 2 * config.shortest && longest > config.longest / 2, "{shortest} to {longest}");

@@ -33,7 +33,7 @@ pub struct Config {
     pub needles: f64,
     /// Long lists of keys with values, asked for some of them.
     pub lists: f64,
-    /// Shortest and longest document of needles and lists, in bytes (200 to 1048576); each doubling between is as likely.
+    /// Shortest and longest document of needles and lists, in bytes (50 to 1048576); each doubling between is as likely.
     pub shortest: usize,
     pub longest: usize,
     /// Keys in a recall list (2 to 10).
@@ -77,8 +77,8 @@ impl Config {
         if shares.iter().any(|share| !share.is_finite() || *share < 0.0) || shares.iter().sum::<f64>() <= 0.0 {
             return wrong("stories", format!("the shares {shares:?} must be 0 or more and not all 0"));
         }
-        if !(200..=1 << 20).contains(&self.shortest) || !(self.shortest..=1 << 20).contains(&self.longest) {
-            return wrong("longest", format!("lengths from {} to {} are not within 200 to {}", self.shortest, self.longest, 1 << 20));
+        if !(50..=1 << 20).contains(&self.shortest) || !(self.shortest..=1 << 20).contains(&self.longest) {
+            return wrong("longest", format!("lengths from {} to {} are not within 50 to {}", self.shortest, self.longest, 1 << 20));
         }
         if !(2..=10).contains(&self.pairs) {
             return wrong("pairs", format!("{} is outside 2 to 10: values are different digits", self.pairs));
@@ -221,7 +221,7 @@ mod tests {
             Config { stories: f64::NAN, ..Config::default() },
             Config { documents: 0, ..Config::default() },
             Config { items: 0, ..Config::default() },
-            Config { shortest: 100, ..Config::default() },
+            Config { shortest: 10, ..Config::default() },
             Config { shortest: 900, longest: 800, ..Config::default() },
         ] {
             assert!(config.check().unwrap_err().to_string().contains("builtin."));
