@@ -3,8 +3,8 @@
 //! ```text
 //! needles:  ... the bag was open Remember: bakar 42. and the kite was ...
 //!           Asked: bakar 42;
-//! lists:    bakar 42: bees hummed over the clover, snow lay smooth on every wall.
-//!           dolin 17: bees hummed over the clover, snow lay smooth on every wall.
+//! lists:    - bakar 42: bees hummed over the clover, snow lay smooth on every wall.
+//!           - dolin 17: bees hummed over the clover, snow lay smooth on every wall.
 //!           Asked: dolin 17; bakar 42;
 //! ```
 //!
@@ -38,8 +38,9 @@ impl Fact {
         format!("Remember: {} {}.", self.name, self.number)
     }
 
+    /// The name follows a blank, as it does where it is asked for: most tokenizers make another token of a word that does not.
     fn line(&self, remark: &str) -> String {
-        format!("{} {}{remark}.\n", self.name, self.number)
+        format!("- {} {}{remark}.\n", self.name, self.number)
     }
 }
 
@@ -296,7 +297,7 @@ mod tests {
             let (name, fact) = fact_of(probe);
             let (list, _) = probe.prompt.rsplit_once("\nAsked").unwrap();
             let lines: Vec<&str> = list.lines().collect();
-            let line = lines.iter().position(|line| line.starts_with(&fact)).unwrap();
+            let line = lines.iter().position(|line| line.starts_with(&format!("- {fact}:"))).unwrap();
             assert_eq!(line, (spot.depth * (lines.len() - 1) as f64).round() as usize);
             assert_eq!(list.matches(&name).count(), 1);
             assert!(
