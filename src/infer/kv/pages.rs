@@ -57,12 +57,9 @@ pub(super) struct Pages {
 
 impl Pages {
     pub(super) fn new(codec: Option<Box<dyn Codec>>, kept: Kept, kv_heads: usize, head_dim: usize) -> Self {
-        // What a codec keeps shows on any page of it.
-        let knows_boxes = codec.as_ref().is_some_and(|codec| {
-            let mut page = vec![0; codec.page_bytes()];
-            codec.encode(&vec![f16::ZERO; TILE * head_dim], &vec![f16::ZERO; TILE * head_dim], &mut page);
-            codec.key_box(&page, &mut vec![0.0; head_dim], &mut vec![0.0; head_dim])
-        });
+        let mut corner = [vec![0.0; head_dim], vec![0.0; head_dim]];
+        let [low, high] = &mut corner;
+        let knows_boxes = codec.as_ref().is_some_and(|codec| codec.key_box(&vec![0; codec.page_bytes()], low, high));
         Self {
             kv_heads,
             head_dim,

@@ -32,19 +32,19 @@ pub fn least_mass(parts: &[PagePart]) -> f64 {
 
 /// D: norm(O - O') <= (1 / W_lo) sum_b rho_b (e^Delta_b - 1) radius_b, radii about O'.
 pub fn centred_error(parts: &[PagePart]) -> f64 {
-    parts.iter().map(|part| part.mass * part.swing() * part.radius).sum::<f64>() / least_mass(parts)
+    over_least_mass(parts, |part| product(part.mass, product(part.swing(), part.radius)))
 }
 
 /// E: norm(O - O') <= (1 / W_lo) sum_b (e^Delta_b - 1) sqrt(rho_b S_b), dispersions about O'; Cauchy and Schwarz inside each page, so at
 /// most D.
 pub fn dispersed_error(parts: &[PagePart]) -> f64 {
-    parts.iter().map(keys).sum::<f64>() / least_mass(parts)
+    over_least_mass(parts, keys)
 }
 
 /// F: norm(O - Ohat) <= (1 / W_lo) sum_b [rho_b e^Delta_b eta_b + (e^Delta_b - 1) sqrt(rho_b S_b)], dispersions of the stored values about
 /// Ohat: O - Ohat = sum a_t (v_t - vhat_t) + sum (a_t - u_t) vhat_t, and a_t <= u_t e^Delta_b / W_lo.
 pub fn total_error(parts: &[PagePart]) -> f64 {
-    parts.iter().map(|part| keys(part) + values(part)).sum::<f64>() / least_mass(parts)
+    over_least_mass(parts, |part| keys(part) + values(part))
 }
 
 /// What reading a page's original keys would take off [`total_error`], to first order.
@@ -57,12 +57,18 @@ pub fn share_of_values(part: &PagePart, least_mass: f64) -> f64 {
     values(part) / least_mass
 }
 
+/// Infinite where so little mass is certain that nothing is known.
+fn over_least_mass(parts: &[PagePart], of: impl Fn(&PagePart) -> f64) -> f64 {
+    let bound = parts.iter().map(of).sum::<f64>() / least_mass(parts);
+    if bound.is_nan() { f64::INFINITY } else { bound }
+}
+
 fn keys(part: &PagePart) -> f64 {
     product(part.swing(), (part.mass * part.dispersion).max(0.0).sqrt())
 }
 
 fn values(part: &PagePart) -> f64 {
-    product(part.mass * part.score_error.exp(), part.value_error)
+    product(product(part.mass, part.score_error.exp()), part.value_error)
 }
 
 /// Zero times anything is zero, infinite errors of pages without weight included: they cannot move the output.

@@ -19,6 +19,8 @@ pub fn tail_total_variation(tail: f64, delta: f64) -> f64 {
     if tail <= 0.0 || x <= 1.0 {
         return 0.0;
     }
+    // 1 - e^-Delta is 1 long before e^Delta overflows.
+    let x = x.min(1e100);
     if tail * tail * (x - 1.0) + 3.0 * tail <= 1.0 {
         return tail * (1.0 - tail) * (x - 1.0) / (1.0 + tail * (x - 1.0));
     }

@@ -80,17 +80,23 @@ fn floats(bits: &[u32]) -> Vec<f32> {
     bits.iter().map(|bits| f32::from_bits(*bits)).collect()
 }
 
-/// Every format that has pages, read densely and sparsely, without and with certificates of both kinds.
+/// Every format that has pages.
+fn paged() -> impl Iterator<Item = Format> {
+    Format::all().into_iter().filter(|format| *format != Format::F32)
+}
+
+/// Every format that has pages, read densely and sparsely, without and with certificates of both kinds; all policies for two formats.
 fn everything() -> Vec<Options> {
     let policies = [
         Attention::Dense,
+        Attention::TopK(TopK::default()),
         Attention::Window(Window { tokens: 64, sinks: 1 }),
         Attention::Quest(Quest { pages: 2, dense_layers: 2 }),
-        Attention::TopK(TopK::default()),
     ];
     let mut all = vec![];
-    for format in Format::all().into_iter().filter(|format| *format != Format::F32) {
-        for attention in policies {
+    for format in paged() {
+        let usual = [Format::F16, Format::Coded("int8-int4")].contains(&format);
+        for attention in policies.into_iter().take(if usual { 4 } else { 2 }) {
             let plain = Options { format, attention, ..Options::default() };
             all.push(plain);
             for certificate in Certificate::ALL {
@@ -143,14 +149,12 @@ fn going_back_gives_the_bits_of_a_fresh_start() {
 fn no_tolerance_gives_the_halves_themselves() {
     let text = Text::new(4, 4 * TILE + 20);
     let (expected, _) = text.run(Format::F16, &[1000]);
-    for options in everything() {
-        for certificate in Certificate::ALL {
-            let (out, counters) = text.run(Options { epsilon: Some(0.0), certificate, check: true, ..options }, &[1000]);
-            assert!(out == expected, "{options:?}");
-            assert_eq!((counters.error_max, counters.bound_max, counters.violations), (0.0, 0.0, 0));
-            // What sees no coded page is exact as it is.
-            assert_eq!(counters.hard + counters.dense, counters.head_steps());
-        }
+    for options in everything().into_iter().filter(|options| options.epsilon.is_some()) {
+        let (out, counters) = text.run(Options { epsilon: Some(0.0), check: true, ..options }, &[1000]);
+        assert!(out == expected, "{options:?}");
+        assert_eq!((counters.error_max, counters.bound_max, counters.violations), (0.0, 0.0, 0));
+        // What sees no coded page is exact as it is.
+        assert_eq!(counters.hard + counters.dense, counters.head_steps());
     }
 }
 
@@ -170,10 +174,10 @@ fn measuring_changes_nothing() {
 
 #[test]
 fn no_bound_is_broken() {
-    for seed in 6..9 {
+    for seed in 6..8 {
         let text = Text::new(seed, 7 * TILE + 11);
-        for options in everything() {
-            for epsilon in [0.01, 0.1, 0.5, f32::INFINITY] {
+        for options in everything().into_iter().filter(|options| options.epsilon.is_some()) {
+            for epsilon in [0.05, 0.5, f32::INFINITY] {
                 let (_, counters) = text.run(Options { epsilon: Some(epsilon), check: true, ..options }, &[200]);
                 assert_eq!(counters.checked, counters.head_steps());
                 assert_eq!(counters.violations, 0, "{options:?} at {epsilon}");
@@ -205,7 +209,7 @@ fn reading_every_page_is_dense() {
         Attention::Quest(Quest { pages: 100, dense_layers: 0 }),
         Attention::TopK("top-k=100".parse::<Attention>().map(|_| TopK { budget: "100".parse().unwrap(), ..TopK::default() }).unwrap()),
     ];
-    for format in Format::all().into_iter().filter(|format| *format != Format::F32) {
+    for format in paged() {
         let (dense, _) = text.run(format, &[1000]);
         for attention in every {
             let (out, counters) = text.run(Options { format, attention, ..Options::default() }, &[1000]);
@@ -250,7 +254,7 @@ fn a_window_is_a_mask() {
 #[test]
 fn bounds_hold_every_score_of_a_page() {
     let text = Text::new(13, 5 * TILE);
-    for format in Format::all().into_iter().filter(|format| *format != Format::F32) {
+    for format in paged() {
         let codec = if let Format::Coded(name) = format { Some(super::super::codec::codec(name, HEAD_DIM).unwrap()) } else { None };
         let mut pages = Pages::new(codec, Kept { norms: true, boxes: true }, KV_HEADS, HEAD_DIM);
         pages.append(&text.keys, &text.values);
@@ -291,37 +295,4 @@ fn contradictions_are_refused() {
     assert!(refused(Options { epsilon: Some(0.1), ..Options::default() }).contains("f32"));
     assert!(refused(Options { attention: Attention::TopK(TopK::default()), ..Options::default() }).contains("f32"));
     assert!(store(&Format::Coded("int8-int4").into(), 0, 1, 7).is_err());
-}
-
-#[test]
-#[ignore = "speed"]
-fn cache_speed() {
-    let (heads, kv_heads, head_dim) = (8usize, 2usize, 128usize);
-    let cases: Vec<(&str, Options)> = vec![
-        ("f16", Format::F16.into()),
-        ("int8-int4", Format::Coded("int8-int4").into()),
-        ("int8-int4 measured", Options { epsilon: Some(f32::INFINITY), ..Format::Coded("int8-int4").into() }),
-        ("f16 top-k=32", Options { attention: "top-k=32".parse().unwrap(), ..Format::F16.into() }),
-        ("int8-int4 top-k=32", Options { attention: "top-k=32".parse().unwrap(), ..Format::Coded("int8-int4").into() }),
-    ];
-    for tokens in [8192usize, 32768] {
-        for (name, options) in &cases {
-            let mut store = store(options, 2, kv_heads, head_dim).unwrap();
-            let mut stream = Stream::new(1, "speed");
-            let block: Vec<f32> = (0..4096 * kv_heads * head_dim).map(|_| stream.normal() as f32).collect();
-            for _ in 0..tokens / 4096 {
-                store.append(&block, &block);
-            }
-            let q: Vec<f32> = (0..heads * head_dim).map(|_| stream.normal() as f32).collect();
-            let mut out = vec![0.0; q.len()];
-            let mut best = f64::MAX;
-            for _ in 0..12 {
-                let start = std::time::Instant::now();
-                store.attend(Queries { q: &q, heads, kv_heads, head_dim, first_position: tokens - 1 }, &mut out).unwrap();
-                best = best.min(start.elapsed().as_secs_f64());
-            }
-            let bytes = options.format.bytes_per_token(kv_heads, head_dim).unwrap() * tokens as f64;
-            println!("{tokens:>7} {name:<20} {:>8.3} ms  {:>6.2} GB/s", best * 1e3, bytes / best / 1e9);
-        }
-    }
 }
