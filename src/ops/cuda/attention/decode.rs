@@ -74,7 +74,7 @@ pub fn num_splits(shape: &Shape, pages: usize, processors: usize) -> usize {
 pub struct Summary {
     /// ln sum_t e^{s_t}; negative infinity for an empty list.
     pub lse: f32,
-    /// At least norm(output - output with every page exact), rounding of this kernel included; 0 when every page is exact. Not a number
+    /// At least norm(output - output with every page of the list exact), rounding of this kernel included; 0 when every page is exact. Not a number
     /// where a page held what is not finite: accept only what compares as small enough.
     pub bound: f32,
     /// norm(output)
@@ -86,13 +86,15 @@ pub struct Summary {
     /// Share of `bound` (before division by `mass_low`) that the values' errors have, against the keys': any common unit.
     pub value_term: f32,
     pub key_term: f32,
+    /// To be added to `bound` when pages were skipped; 0 until [`super::unread_bound`] has run.
+    pub unread: f32,
 }
 
 impl Summary {
     /// Head `head` of downloaded summaries.
     pub fn of(summaries: &[f32], head: usize) -> Self {
-        let [lse, bound, norm, mass_low, spread, value_term, key_term, _] = summaries.as_chunks::<SUMMARY>().0[head];
-        Self { lse, bound, norm, mass_low, spread, value_term, key_term }
+        let [lse, bound, norm, mass_low, spread, value_term, key_term, unread] = summaries.as_chunks::<SUMMARY>().0[head];
+        Self { lse, bound, norm, mass_low, spread, value_term, key_term, unread }
     }
 }
 

@@ -11,7 +11,7 @@ mod append;
 mod decode;
 mod layout;
 //mod prefill;
-//mod select;
+mod select;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
@@ -21,4 +21,4 @@ pub use append::{Rows, append, encode};
 pub use decode::{DecodeBuffers, DecodeInputs, PageFacts, Summary, decode, num_splits};
 pub use layout::{EXACT, Near, PAGE, Shape, exact_page, exact_page_bytes, exact_rows};
 //pub use prefill::{PrefillInputs, prefill};
-//pub use select::{BoundsInputs, Selection, page_bounds, select_pages};
+pub use select::{BoundsInputs, Selection, box_bytes, page_bounds, page_boxes, select_pages, unread_bound};
