@@ -10,13 +10,15 @@
 // Per page b, query by query: rho_b = sum p, Delta_b >= |s_true - s| (in natural units), eta_b >= norm(v - vhat). Gathered over a part:
 //   mass_low = sum_b rho_b e^-Delta_b, value_term = sum_b rho_b e^Delta_b eta_b, key_squares = sum_b rho_b (e^Delta_b - 1)^2,
 //   norm_squares = sum_t p_t norm(vhat_t)^2.  attention_merge.cu turns these into the bound.
+// For the estimate that is no bound, with v_b the variance of the page's score errors and e_b the mean of norm(v - vhat)^2:
+//   meter = sum_t p_t^2 (v_b norm(vhat_t)^2 + e_b), meter_mass = sum_t p_t^2 v_b.
 #pragma once
 
 #include "attention_tile.cuh"
 
 constexpr int DECODE_WARPS = 4;
 constexpr int QUERIES = 8;
-constexpr int PARTIAL_HEAD = 8;  // m, l, norm_squares, mass_low, value_term, key_squares, 0, 0; then the output [width]
+constexpr int PARTIAL_HEAD = 8;  // m, l, norm_squares, mass_low, value_term, key_squares, meter, meter_mass; then the output [width]
 constexpr int PAGE_FACTS = 4;    // ln rho_b, Delta_b, mean of norm(vhat)^2 under the weights, eta_b
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;
@@ -36,7 +38,7 @@ struct DecodeArguments {
 
 // The running softmax of one warp: queries 2j and 2j + 1, sums over the lane's own tokens, output channels r and r + 8 of every 16.
 template <int W> struct DecodeState {
-    float maximum[2], mass[2], norm_squares[2], mass_low[2], value_term[2], key_squares[2];
+    float maximum[2], mass[2], norm_squares[2], mass_low[2], value_term[2], key_squares[2], meter[2], meter_mass[2];
     float output[W / 16][4];
     float page_mass[2], page_norms[2];  // of the page under way
 
@@ -44,7 +46,7 @@ template <int W> struct DecodeState {
 #pragma unroll
         for (int q = 0; q < 2; q++) {
             maximum[q] = -INFINITY;
-            mass[q] = norm_squares[q] = mass_low[q] = value_term[q] = key_squares[q] = page_mass[q] = page_norms[q] = 0;
+            mass[q] = norm_squares[q] = mass_low[q] = value_term[q] = key_squares[q] = meter[q] = meter_mass[q] = page_mass[q] = page_norms[q] = 0;
         }
 #pragma unroll
         for (int tile = 0; tile < W / 16; tile++) output[tile][0] = output[tile][1] = output[tile][2] = output[tile][3] = 0;
@@ -53,7 +55,7 @@ template <int W> struct DecodeState {
 
 // What a page says about its own error, for the lane's two queries.
 struct PageError {
-    float delta_bits[2], value_error, value_factor;
+    float delta_bits[2], variance[2], value_error, value_mean_square, value_factor;
     bool exact;
 };
 
@@ -184,11 +186,11 @@ static __device__ inline float sum_over_j(float value) {
 // Scores of a page of INT8 keys and Delta, the lesser of
 //   (1/2) sum_c |q_c| scale_c / sqrt(d)   and   norm(q) max_t norm(k_t - khat_t) / sqrt(d),
 // and the rounding of these scores and of the exact page's beside it: both sum products of at most |q_c| (|zero_c| + 255 scale_c).
-template <int W> static __device__ void near_scores(const Walk<W> &walk, float (&scores)[4][4], PageError &error, Int8Int4) {
+template <int W> static __device__ void near_scores(const Walk<W> &walk, float (&scores)[4][4], PageError &error, float, Int8Int4) {
     int lane = threadIdx.x % 32;
     float4 header = walk.keys.template read<float4>(0);
     float power = 4096.0f / power_below(header.z);
-    float scales = 0, offset = 0, zeros = 0;
+    float scales = 0, offset = 0, zeros = 0, squares = 0;
     constexpr uint32_t scale_at = HEADER_BYTES + NORMS_BYTES, zero_at = scale_at + 2 * W, codes_at = zero_at + 2 * W;
 #pragma unroll
     for (int step = 0; step < W / 16; step++) {
@@ -202,6 +204,7 @@ template <int W> static __device__ void near_scores(const Walk<W> &walk, float (
 #pragma unroll
         for (int c = 0; c < 4; c++) {
             scales += fabsf(scaled[c]);
+            squares = fmaf(scaled[c], scaled[c], squares);
             zeros += fabsf(zeroed[c]);
             offset += fmaf(128.0f, scaled[c], zeroed[c]);
         }
@@ -230,6 +233,7 @@ template <int W> static __device__ void near_scores(const Walk<W> &walk, float (
     float delta = ball < 3e38f ? fminf(0.501f * scales, ball) : INFINITY;
     float rounding = (W + 16) * EPSILON * (2.0f * zeros + 512.0f * scales) + W * header.z * (1.0f / (1 << 30));
     to_columns(delta + rounding, error.delta_bits);
+    to_columns(sum_over_j(squares) / 12.0f, error.variance);
     float offsets[2];
     to_columns(offset, offsets);
     float unscale = 1.0f / power;
@@ -237,6 +241,7 @@ template <int W> static __device__ void near_scores(const Walk<W> &walk, float (
     for (int q = 0; q < 2; q++) {
         float factor = walk.facts[lane % 4 * 2 + q];
         error.delta_bits[q] = fmaf(error.delta_bits[q], factor * ROUNDED_UP, 1e-6f);
+        error.variance[q] *= factor * LN_2 * factor * LN_2;
 #pragma unroll
         for (int tile = 0; tile < 4; tile++) {
             scores[tile][q] = fmaf(scores[tile][q], unscale, offsets[q]) * factor;
@@ -244,11 +249,12 @@ template <int W> static __device__ void near_scores(const Walk<W> &walk, float (
         }
     }
     error.value_error = header.y;
+    error.value_mean_square = header.w;
     error.value_factor = 1;
 }
 
 // Scores of a page of FP8 keys; Delta from the norm of the key error alone. Rounding: |khat_c| <= 448 scale, |q_c| sum <= sqrt(W) norm(q).
-template <int W> static __device__ void near_scores(const Walk<W> &walk, float (&scores)[4][4], PageError &error, Fp8) {
+template <int W> static __device__ void near_scores(const Walk<W> &walk, float (&scores)[4][4], PageError &error, float head_dim, Fp8) {
     int lane = threadIdx.x % 32;
     float4 header = walk.keys.template read<float4>(0);
     constexpr uint32_t codes_at = 2 * HEADER_BYTES + NORMS_BYTES;
@@ -275,6 +281,8 @@ template <int W> static __device__ void near_scores(const Walk<W> &walk, float (
     for (int q = 0; q < 2; q++) {
         float factor = walk.facts[lane % 4 * 2 + q], norm = walk.facts[QUERIES + lane % 4 * 2 + q];
         error.delta_bits[q] = fmaf(norm * (header.x + rounding), factor * ROUNDED_UP, 1e-6f);
+        // Errors without a direction of their own.
+        error.variance[q] = norm * factor * LN_2 * norm * factor * LN_2 * walk.keys.template read<float>(20) / head_dim;
 #pragma unroll
         for (int tile = 0; tile < 4; tile++) {
             scores[tile][q] *= scale * factor;
@@ -282,6 +290,7 @@ template <int W> static __device__ void near_scores(const Walk<W> &walk, float (
         }
     }
     error.value_error = header.y;
+    error.value_mean_square = header.w;
     error.value_factor = walk.keys.template read<float>(16);
 }
 
@@ -311,7 +320,7 @@ static __device__ void soften(const Walk<W> &walk, DecodeState<W> &state, float 
         float maximum = fmaxf(state.maximum[q], largest - shift);
         factor[q] = fast_exp2(state.maximum[q] - maximum);
         state.maximum[q] = maximum;
-        float mass = 0, squares = 0;
+        float mass = 0, squares = 0, second = 0, second_norms = 0;
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
@@ -321,12 +330,14 @@ static __device__ void soften(const Walk<W> &walk, DecodeState<W> &state, float 
                 scores[tile][q + 2 * lower] = weight;
                 mass += weight;
                 squares = fmaf(weight * norm, norm, squares);
+                second = fmaf(weight, weight, second);
+                second_norms = fmaf(weight * norm, weight * norm, second_norms);
             }
         state.mass[q] = fmaf(state.mass[q], factor[q], mass);
         state.norm_squares[q] = fmaf(state.norm_squares[q], factor[q], squares);
         state.page_mass[q] = first ? mass : fmaf(state.page_mass[q], factor[q], mass);
         state.page_norms[q] = first ? squares : fmaf(state.page_norms[q], factor[q], squares);
-        float low = mass, value_term = 0, key_squares = 0;
+        float low = mass, value_term = 0, key_squares = 0, meter = 0, meter_mass = 0;
         if (!error.exact) {
             float raised = fast_exp2(error.delta_bits[q]) * (1.0f + 1e-6f), excess = raised - 1.0f;
             low = mass * fast_exp2(-error.delta_bits[q]) * (1.0f - 1e-6f);
@@ -334,10 +345,14 @@ static __device__ void soften(const Walk<W> &walk, DecodeState<W> &state, float 
             float rounded = fmaf(error.value_error + 5e-7f, mass, 4.9e-4f * sqrtf(mass * squares));
             value_term = raised * rounded;
             key_squares = excess * excess * mass;
+            meter = fmaf(error.variance[q], second_norms, error.value_mean_square * second);
+            meter_mass = error.variance[q] * second;
         }
         state.mass_low[q] = fmaf(state.mass_low[q], factor[q], low);
         state.value_term[q] = fmaf(state.value_term[q], factor[q], value_term);
         state.key_squares[q] = fmaf(state.key_squares[q], factor[q], key_squares);
+        state.meter[q] = fmaf(state.meter[q], factor[q] * factor[q], meter);
+        state.meter_mass[q] = fmaf(state.meter_mass[q], factor[q] * factor[q], meter_mass);
     }
     if (__any_sync(all_lanes, factor[0] != 1.0f || factor[1] != 1.0f)) {
 #pragma unroll
@@ -466,6 +481,7 @@ static __device__ void merge_warps(const DecodeArguments &arguments, const Walk<
         Shared<float> row = rows + (warp * QUERIES + lane % 4 * 2 + q) * FLOATS;
         float mass = sum_over_r(state.mass[q]), norm_squares = sum_over_r(state.norm_squares[q]), low = sum_over_r(state.mass_low[q]);
         float value_term = sum_over_r(state.value_term[q]), key_squares = sum_over_r(state.key_squares[q]);
+        float meter = sum_over_r(state.meter[q]), meter_mass = sum_over_r(state.meter_mass[q]);
         if (r == 0) {
             row[0] = state.maximum[q];
             row[1] = mass;
@@ -473,8 +489,8 @@ static __device__ void merge_warps(const DecodeArguments &arguments, const Walk<
             row[3] = low;
             row[4] = value_term;
             row[5] = key_squares;
-            row[6] = 0.0f;
-            row[7] = 0.0f;
+            row[6] = meter;
+            row[7] = meter_mass;
         }
 #pragma unroll
         for (int tile = 0; tile < W / 16; tile++) {
@@ -496,8 +512,10 @@ static __device__ void merge_warps(const DecodeArguments &arguments, const Walk<
         float *partial = arguments.partials + (head * gridDim.x + blockIdx.x) * FLOATS;
         for (int at = lane; at < FLOATS; at += 32) {
             float sum = 0;
+            bool squared = at == 6 || at == 7;
 #pragma unroll
-            for (int other = 0; other < DECODE_WARPS; other++) sum = fmaf(factors[other], rows[(other * QUERIES + query) * FLOATS + at], sum);
+            for (int other = 0; other < DECODE_WARPS; other++)
+                sum = fmaf(squared ? factors[other] * factors[other] : factors[other], (float)rows[(other * QUERIES + query) * FLOATS + at], sum);
             partial[at] = at == 0 ? maximum : sum;
         }
     }
@@ -564,7 +582,7 @@ template <int W, class Near> static __device__ void decode_attention(const Decod
     state.clear();
     while (piece.entry < end) {
         Piece following = next(piece);
-        PageError error = {{0, 0}, 0, 1, true};
+        PageError error = {{0, 0}, {0, 0}, 0, 0, 1, true};
         bool page_done = following.entry != piece.entry;
         cp_async_wait<1>();
         __syncwarp();
@@ -582,7 +600,7 @@ template <int W, class Near> static __device__ void decode_attention(const Decod
             float scores[4][4] = {};
             WeightTile weights[4];
             error.exact = false;
-            near_scores<W>(walk, scores, error, Near{});
+            near_scores<W>(walk, scores, error, (float)arguments.head_dim, Near{});
             soften<4, W>(walk, state, scores, weights, error, Near::norms_offset, PAGE, Near::shift, true);
             __syncwarp();
             copy_keys(following);
