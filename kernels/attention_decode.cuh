@@ -192,7 +192,8 @@ template <int W> static __device__ void near_scores(const Walk<W> &walk, float (
     float power = 4096.0f / power_below(header.z);
     float scales = 0, offset = 0, zeros = 0, squares = 0;
     constexpr uint32_t scale_at = HEADER_BYTES + NORMS_BYTES, zero_at = scale_at + 2 * W, codes_at = zero_at + 2 * W;
-#pragma unroll
+    // Wide heads keep most registers for the output.
+#pragma unroll(W > 128 ? 2 : W / 16)
     for (int step = 0; step < W / 16; step++) {
         float4 query = walk.query.template read<float4>((step * 32 + lane) * 4);
         uint2 scale_bits = walk.keys.template read<uint2>(scale_at + step * 32 + lane % 4 * 8);
@@ -619,7 +620,7 @@ template <int W, class Near> static __device__ void decode_attention(const Decod
 
 // A kernel of this kind; the line after it registers it.
 #define DECODE(name, width, near)                                                                                                           \
-    extern "C" __global__ void __launch_bounds__(32 * DECODE_WARPS)                                                                         \
+    extern "C" __global__ void __launch_bounds__(32 * DECODE_WARPS, width > 128 ? 1 : 3)                                                      \
         name(const float *queries, const uint8_t *exact_pages, const uint8_t *near_pages, const uint32_t *lists,                             \
              const uint32_t *list_lengths, float *partials, float *page_facts, uint32_t last_tokens, uint32_t list_stride, uint32_t group,   \
              uint32_t head_dim) {                                                                                                            \
