@@ -172,6 +172,13 @@ template <int W> static __device__ void exact_scores(const Walk<W> &walk, float 
         for (int i = 0; i < 4; i++) scores[tile][i] *= factors[i % 2] / 4096.0f;
 }
 
+// Heads up to this wide need no help with registers: the compilers for newer GPUs load further ahead.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int NARROW_ENOUGH = 96;
+#else
+constexpr int NARROW_ENOUGH = 128;
+#endif
+
 // Value of query `n` = lane / 4, complete in every j, for the lane's queries 2j and 2j + 1.
 static __device__ inline void to_columns(float value, float (&columns)[2]) {
     int j = threadIdx.x % 4;
@@ -193,7 +200,7 @@ template <int W> static __device__ void near_scores(const Walk<W> &walk, float (
     float scales = 0, offset = 0, zeros = 0, squares = 0;
     constexpr uint32_t scale_at = HEADER_BYTES + NORMS_BYTES, zero_at = scale_at + 2 * W, codes_at = zero_at + 2 * W;
     // Wide heads keep most registers for the output.
-#pragma unroll(W > 128 ? 2 : W / 16)
+#pragma unroll(W > 128 ? 2 : 4)
     for (int step = 0; step < W / 16; step++) {
         float4 query = walk.query.template read<float4>((step * 32 + lane) * 4);
         uint2 scale_bits = walk.keys.template read<uint2>(scale_at + step * 32 + lane % 4 * 8);
@@ -400,6 +407,8 @@ template <int W> static __device__ void near_output(const Walk<W> &walk, DecodeS
     for (int group = 0; group < num_groups(W); group++) {
         __half2 scale[8], zero[8];
         uint32_t at = 32 * W + group * 4 * PAGE + j * 32;
+        // Keeps the compiler from loading far ahead, which spills.
+        if (W > NARROW_ENOUGH && group % 2 == 0) __syncwarp();
 #pragma unroll
         for (int part = 0; part < 2; part++) {
             uint4 scales = walk.values.template read<uint4>(at + part * 16), zeros = walk.values.template read<uint4>(at + 2 * PAGE + part * 16);

@@ -11,6 +11,7 @@ mod append;
 mod decode;
 mod layout;
 mod prefill;
+mod rotate;
 mod select;
 #[cfg(test)]
 mod reference;
@@ -21,4 +22,5 @@ pub use append::{Rows, append, encode};
 pub use decode::{DecodeBuffers, DecodeInputs, PageFacts, Summary, decode, num_splits};
 pub use layout::{EXACT, Near, PAGE, Shape, exact_page, exact_page_bytes, exact_rows};
 pub use prefill::{PrefillInputs, prefill};
+pub use rotate::{Turn, rotate};
 pub use select::{BoundsInputs, Selection, box_bytes, page_bounds, page_boxes, select_pages, unread_bound};
