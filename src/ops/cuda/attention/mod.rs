@@ -11,10 +11,10 @@ mod append;
 mod decode;
 mod layout;
 mod prefill;
-mod rotate;
-mod select;
 #[cfg(test)]
 mod reference;
+mod rotate;
+mod select;
 #[cfg(test)]
 mod testing;
 

@@ -47,7 +47,7 @@ mod tests {
 
     /// The transform by its definition: element (i, j) is (-1)^(bits that i and j share).
     fn expected(row: &[f32], scales: &[f32]) -> Vec<f64> {
-        let sign = |i: usize, j: usize| if (i & j).count_ones() % 2 == 0 { 1.0 } else { -1.0 };
+        let sign = |i: usize, j: usize| if (i & j).count_ones().is_multiple_of(2) { 1.0 } else { -1.0 };
         let products: Vec<f64> = row.iter().zip(scales).map(|(x, s)| f64::from(*x) * f64::from(*s)).collect();
         (0..row.len()).map(|i| products.iter().enumerate().map(|(j, x)| sign(i, j) * x).sum()).collect()
     }
