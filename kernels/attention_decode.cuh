@@ -109,7 +109,7 @@ template <int W> struct Walk {
 
 // A piece of work: a near page, or 32 tokens of an exact one.
 struct Piece {
-    uint32_t entry, half;
+    uint32_t place, entry, half;  // place in the list, what stands there, and which 32 tokens
 };
 
 // Largest power of two not above `x`; 1 for 0.
@@ -465,7 +465,7 @@ static __device__ inline float sum_over_r(float value) {
 // Writes what recovery wants to know of a page that is done.
 template <int W>
 static __device__ void write_page_facts(const DecodeArguments &arguments, const Walk<W> &walk, const DecodeState<W> &state,
-                                        const PageError &error, uint32_t kv_head, uint32_t entry) {
+                                        const PageError &error, uint32_t kv_head, uint32_t place) {
     int lane = threadIdx.x % 32;
 #pragma unroll
     for (int q = 0; q < 2; q++) {
@@ -475,7 +475,7 @@ static __device__ void write_page_facts(const DecodeArguments &arguments, const 
         size_t head = (size_t)kv_head * arguments.group + walk.first_query + query;
         float4 facts = {(state.maximum[q] + log2f(mass)) * LN_2, error.exact ? 0.0f : error.delta_bits[q] * LN_2,
                         mass > 0 ? norms / mass : 0.0f, error.exact ? 0.0f : error.value_error};
-        *(float4 *)(arguments.page_facts + (head * arguments.list_stride + entry) * PAGE_FACTS) = facts;
+        *(float4 *)(arguments.page_facts + (head * arguments.list_stride + place) * PAGE_FACTS) = facts;
     }
 }
 
@@ -550,17 +550,19 @@ template <int W, class Near> static __device__ void decode_attention(const Decod
     uint32_t end = min(length, (blockIdx.x + 1) * share);
 
     auto tokens_of = [&](Piece piece) {
-        uint32_t tokens = piece.entry + 1 == length ? arguments.last_tokens : PAGE;
+        uint32_t tokens = piece.place + 1 == length ? arguments.last_tokens : PAGE;
         return min(tokens - 32 * piece.half, 32u);
     };
     auto next = [&](Piece piece) {
-        bool second = list[piece.entry] & EXACT && piece.half == 0 && (piece.entry + 1 < length || arguments.last_tokens > 32);
-        return second ? Piece{piece.entry, 1} : Piece{piece.entry + DECODE_WARPS, 0};
+        bool second = piece.entry & EXACT && piece.half == 0 && (piece.place + 1 < length || arguments.last_tokens > 32);
+        if (second) return Piece{piece.place, piece.entry, 1};
+        uint32_t place = piece.place + DECODE_WARPS;
+        return Piece{place, place < end ? list[place] : 0, 0};
     };
     auto copy_keys = [&](Piece piece) {
-        if (piece.entry < end) {
-            uint32_t entry = list[piece.entry], slot = entry & ~EXACT;
-            if (!Near::near || entry & EXACT) {
+        if (piece.place < end) {
+            uint32_t slot = piece.entry & ~EXACT;
+            if (!Near::near || piece.entry & EXACT) {
                 const uint8_t *page = arguments.exact_pages + slot * exact_page_bytes(W);
                 copy_async(walk.keys, 0, page, NORMS_BYTES);
                 copy_async(walk.keys, NORMS_BYTES, page + NORMS_BYTES + piece.half * 64 * W, 64 * W);
@@ -571,9 +573,9 @@ template <int W, class Near> static __device__ void decode_attention(const Decod
         cp_async_commit();
     };
     auto copy_values = [&](Piece piece) {
-        if (piece.entry < end) {
-            uint32_t entry = list[piece.entry], slot = entry & ~EXACT;
-            if (!Near::near || entry & EXACT) {
+        if (piece.place < end) {
+            uint32_t slot = piece.entry & ~EXACT;
+            if (!Near::near || piece.entry & EXACT) {
                 const uint8_t *page = arguments.exact_pages + slot * exact_page_bytes(W) + NORMS_BYTES + 128 * W;
                 copy_async(walk.values, 0, page + piece.half * 64 * W, 64 * W);
             } else if constexpr (Near::near) {
@@ -584,19 +586,20 @@ template <int W, class Near> static __device__ void decode_attention(const Decod
         cp_async_commit();
     };
 
-    Piece piece = {blockIdx.x * share + warp, 0};
+    uint32_t first = blockIdx.x * share + warp;
+    Piece piece = {first, first < end ? list[first] : 0, 0};
     copy_keys(piece);
     copy_values(piece);
     load_queries<W>(arguments, walk, kv_head);
     DecodeState<W> state;
     state.clear();
-    while (piece.entry < end) {
+    while (piece.place < end) {
+        // Asked for now: the entry is there when the copy needs it.
         Piece following = next(piece);
         PageError error = {{0, 0}, {0, 0}, 0, 0, 1, true};
-        bool page_done = following.entry != piece.entry;
         cp_async_wait<1>();
         __syncwarp();
-        if (!Near::near || list[piece.entry] & EXACT) {
+        if (!Near::near || piece.entry & EXACT) {
             float scores[2][4] = {};
             WeightTile weights[2];
             exact_scores<W>(walk, scores);
@@ -618,7 +621,7 @@ template <int W, class Near> static __device__ void decode_attention(const Decod
             __syncwarp();
             near_output<W>(walk, state, weights, Near{});
         }
-        if (page_done) write_page_facts<W>(arguments, walk, state, error, kv_head, piece.entry);
+        if (following.place != piece.place) write_page_facts<W>(arguments, walk, state, error, kv_head, piece.place);
         __syncwarp();
         copy_values(following);
         piece = following;
