@@ -25,6 +25,13 @@ constexpr float LN_2 = 0.6931471805599453f;
 // Relative rounding of a product of two halves' pairs and of its f32 sum, per term.
 constexpr float EPSILON = 1.0f / 8388608;
 
+// Blocks on a multiprocessor that registers shall suffice for. Compilers for newer GPUs load further ahead, and would spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int decode_blocks(int width) { return width > 128 ? 1 : width > 96 ? 2 : 3; }
+#else
+constexpr int decode_blocks(int width) { return width > 128 ? 1 : 3; }
+#endif
+
 struct DecodeArguments {
     const float *queries;         // [kv_heads * group, head_dim]
     const uint8_t *exact_pages, *near_pages;
@@ -40,13 +47,12 @@ struct DecodeArguments {
 template <int W> struct DecodeState {
     float maximum[2], mass[2], norm_squares[2], mass_low[2], value_term[2], key_squares[2], meter[2], meter_mass[2];
     float output[W / 16][4];
-    float page_mass[2], page_norms[2];  // of the page under way
 
     __device__ void clear() {
 #pragma unroll
         for (int q = 0; q < 2; q++) {
             maximum[q] = -INFINITY;
-            mass[q] = norm_squares[q] = mass_low[q] = value_term[q] = key_squares[q] = meter[q] = meter_mass[q] = page_mass[q] = page_norms[q] = 0;
+            mass[q] = norm_squares[q] = mass_low[q] = value_term[q] = key_squares[q] = meter[q] = meter_mass[q] = 0;
         }
 #pragma unroll
         for (int tile = 0; tile < W / 16; tile++) output[tile][0] = output[tile][1] = output[tile][2] = output[tile][3] = 0;
@@ -56,7 +62,11 @@ template <int W> struct DecodeState {
 // What a page says about its own error, for the lane's two queries.
 struct PageError {
     float delta_bits[2], variance[2], value_error, value_mean_square, value_factor;
-    bool exact;
+};
+
+// What a piece weighs, for the lane's two queries: sums of p and of p norm(vhat)^2.
+struct PieceSums {
+    float mass[2], norms[2];
 };
 
 // The weights of 16 tokens as right operands.
@@ -171,13 +181,6 @@ template <int W> static __device__ void exact_scores(const Walk<W> &walk, float 
 #pragma unroll
         for (int i = 0; i < 4; i++) scores[tile][i] *= factors[i % 2] / 4096.0f;
 }
-
-// Heads up to this wide need no help with registers: the compilers for newer GPUs load further ahead.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int NARROW_ENOUGH = 96;
-#else
-constexpr int NARROW_ENOUGH = 128;
-#endif
 
 // Value of query `n` = lane / 4, complete in every j, for the lane's queries 2j and 2j + 1.
 static __device__ inline void to_columns(float value, float (&columns)[2]) {
@@ -303,10 +306,12 @@ template <int W> static __device__ void near_scores(const Walk<W> &walk, float (
 }
 
 // Takes the scores of a piece (16 TILES tokens, of which `tokens` are there) into the state and gives the weights as operands.
-// Shared by all lanes of a column (equal j): maximum, PageError. `first` starts a page, `last` ends one.
+// Shared by all lanes of a column (equal j): maximum, PageError. Near pages are whole; pieces of exact ones have 2 tiles.
 template <int TILES, int W>
-static __device__ void soften(const Walk<W> &walk, DecodeState<W> &state, float (&scores)[TILES][4], WeightTile (&weights)[TILES],
-                              const PageError &error, uint32_t norms_at, uint32_t tokens, float shift, bool first) {
+static __device__ PieceSums soften(const Walk<W> &walk, DecodeState<W> &state, float (&scores)[TILES][4], WeightTile (&weights)[TILES],
+                                   const PageError &error, uint32_t norms_at, uint32_t tokens, float shift) {
+    constexpr bool exact = TILES == 2;
+    PieceSums sums;
     int lane = threadIdx.x % 32, r = lane / 4;
     float norms[TILES][2], factor[2];
 #pragma unroll
@@ -314,7 +319,7 @@ static __device__ void soften(const Walk<W> &walk, DecodeState<W> &state, float 
 #pragma unroll
         for (int lower = 0; lower < 2; lower++) {
             uint32_t token = tile * 16 + lower * 8 + r;
-            bool there = token < tokens;
+            bool there = !exact || token < tokens;
             norms[tile][lower] = there ? __half2float(walk.keys.template read<__half>(norms_at + 2 * token)) : 0.0f;
             if (!there) scores[tile][2 * lower] = scores[tile][2 * lower + 1] = -INFINITY;
         }
@@ -343,10 +348,10 @@ static __device__ void soften(const Walk<W> &walk, DecodeState<W> &state, float 
             }
         state.mass[q] = fmaf(state.mass[q], factor[q], mass);
         state.norm_squares[q] = fmaf(state.norm_squares[q], factor[q], squares);
-        state.page_mass[q] = first ? mass : fmaf(state.page_mass[q], factor[q], mass);
-        state.page_norms[q] = first ? squares : fmaf(state.page_norms[q], factor[q], squares);
+        sums.mass[q] = mass;
+        sums.norms[q] = squares;
         float low = mass, value_term = 0, key_squares = 0, meter = 0, meter_mass = 0;
-        if (!error.exact) {
+        if constexpr (!exact) {
             float raised = fast_exp2(error.delta_bits[q]) * (1.0f + 1e-6f), excess = raised - 1.0f;
             low = mass * fast_exp2(-error.delta_bits[q]) * (1.0f - 1e-6f);
             // Decoded values round to halves: 2^-11 of each, norm by norm at most sqrt(mass * squares), and 2^-25 near zero.
@@ -377,6 +382,7 @@ static __device__ void soften(const Walk<W> &walk, DecodeState<W> &state, float 
             weights[tile].high[lower] = transpose_tile(high);
             weights[tile].low[lower] = transpose_tile(low);
         }
+    return sums;
 }
 
 // Adds 32 tokens of exact values; what lies behind the last token may be anything, so it is blotted out.
@@ -408,7 +414,7 @@ template <int W> static __device__ void near_output(const Walk<W> &walk, DecodeS
         __half2 scale[8], zero[8];
         uint32_t at = 32 * W + group * 4 * PAGE + j * 32;
         // Keeps the compiler from loading far ahead, which spills.
-        if (W > NARROW_ENOUGH && group % 2 == 0) __syncwarp();
+        if (W > 128) __syncwarp();
 #pragma unroll
         for (int part = 0; part < 2; part++) {
             uint4 scales = walk.values.template read<uint4>(at + part * 16), zeros = walk.values.template read<uint4>(at + 2 * PAGE + part * 16);
@@ -462,20 +468,25 @@ static __device__ inline float sum_over_r(float value) {
     return value;
 }
 
-// Writes what recovery wants to know of a page that is done.
+// Writes what recovery wants to know of a page; the second piece of an exact one adds to what this lane wrote for the first.
 template <int W>
 static __device__ void write_page_facts(const DecodeArguments &arguments, const Walk<W> &walk, const DecodeState<W> &state,
-                                        const PageError &error, uint32_t kv_head, uint32_t place) {
+                                        const PieceSums &sums, const PageError &error, uint32_t kv_head, Piece piece) {
     int lane = threadIdx.x % 32;
 #pragma unroll
     for (int q = 0; q < 2; q++) {
-        float mass = sum_over_r(state.page_mass[q]), norms = sum_over_r(state.page_norms[q]);
+        float mass = sum_over_r(sums.mass[q]), norms = sum_over_r(sums.norms[q]);
         uint32_t query = lane % 4 * 2 + q;
         if (lane >= 4 || query >= walk.num_queries) continue;
         size_t head = (size_t)kv_head * arguments.group + walk.first_query + query;
-        float4 facts = {(state.maximum[q] + log2f(mass)) * LN_2, error.exact ? 0.0f : error.delta_bits[q] * LN_2,
-                        mass > 0 ? norms / mass : 0.0f, error.exact ? 0.0f : error.value_error};
-        *(float4 *)(arguments.page_facts + (head * arguments.list_stride + place) * PAGE_FACTS) = facts;
+        float4 *facts = (float4 *)(arguments.page_facts + (head * arguments.list_stride + piece.place) * PAGE_FACTS);
+        if (piece.half == 1) {
+            float4 first = *facts;
+            float before = exp2f(first.x * LOG2_E - state.maximum[q]);
+            mass += before;
+            norms = fmaf(before, first.z, norms);
+        }
+        *facts = {(state.maximum[q] + log2f(mass)) * LN_2, error.delta_bits[q] * LN_2, mass > 0 ? norms / mass : 0.0f, error.value_error};
     }
 }
 
@@ -596,14 +607,15 @@ template <int W, class Near> static __device__ void decode_attention(const Decod
     while (piece.place < end) {
         // Asked for now: the entry is there when the copy needs it.
         Piece following = next(piece);
-        PageError error = {{0, 0}, {0, 0}, 0, 0, 1, true};
+        PageError error = {{0, 0}, {0, 0}, 0, 0, 1};
         cp_async_wait<1>();
         __syncwarp();
         if (!Near::near || piece.entry & EXACT) {
             float scores[2][4] = {};
             WeightTile weights[2];
             exact_scores<W>(walk, scores);
-            soften<2, W>(walk, state, scores, weights, error, 64 * piece.half, tokens_of(piece), Near::shift, piece.half == 0);
+            PieceSums sums = soften<2, W>(walk, state, scores, weights, error, 64 * piece.half, tokens_of(piece), Near::shift);
+            write_page_facts<W>(arguments, walk, state, sums, error, kv_head, piece);
             __syncwarp();
             copy_keys(following);
             cp_async_wait<1>();
@@ -612,16 +624,15 @@ template <int W, class Near> static __device__ void decode_attention(const Decod
         } else if constexpr (Near::near) {
             float scores[4][4] = {};
             WeightTile weights[4];
-            error.exact = false;
             near_scores<W>(walk, scores, error, (float)arguments.head_dim, Near{});
-            soften<4, W>(walk, state, scores, weights, error, Near::norms_offset, PAGE, Near::shift, true);
+            PieceSums sums = soften<4, W>(walk, state, scores, weights, error, Near::norms_offset, PAGE, Near::shift);
+            write_page_facts<W>(arguments, walk, state, sums, error, kv_head, piece);
             __syncwarp();
             copy_keys(following);
             cp_async_wait<1>();
             __syncwarp();
             near_output<W>(walk, state, weights, Near{});
         }
-        if (following.place != piece.place) write_page_facts<W>(arguments, walk, state, error, kv_head, piece.place);
         __syncwarp();
         copy_values(following);
         piece = following;
@@ -632,7 +643,7 @@ template <int W, class Near> static __device__ void decode_attention(const Decod
 
 // A kernel of this kind; the line after it registers it.
 #define DECODE(name, width, near)                                                                                                           \
-    extern "C" __global__ void __launch_bounds__(32 * DECODE_WARPS, width > 128 ? 1 : 3)                                                      \
+    extern "C" __global__ void __launch_bounds__(32 * DECODE_WARPS, decode_blocks(width))                                                       \
         name(const float *queries, const uint8_t *exact_pages, const uint8_t *near_pages, const uint32_t *lists,                             \
              const uint32_t *list_lengths, float *partials, float *page_facts, uint32_t last_tokens, uint32_t list_stride, uint32_t group,   \
              uint32_t head_dim) {                                                                                                            \

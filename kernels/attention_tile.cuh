@@ -1,15 +1,21 @@
 // What the attention kernels share: how the bytes of a page become operands of the tensor cores.
 #pragma once
 
+#include <cstring>
+
 #include "numbers.cuh"
 #include "page.cuh"
 
 // Two halves as the register that holds them, the first in the low half.
 static __device__ inline uint32_t half2_bits(__half2 pair) {
-    return (uint32_t)__half_as_ushort(__low2half(pair)) | (uint32_t)__half_as_ushort(__high2half(pair)) << 16;
+    uint32_t bits;
+    memcpy(&bits, &pair, sizeof bits);
+    return bits;
 }
 static __device__ inline __half2 bits_half2(uint32_t bits) {
-    return __halves2half2(__ushort_as_half((unsigned short)(bits & 0xffff)), __ushort_as_half((unsigned short)(bits >> 16)));
+    __half2 pair;
+    memcpy(&pair, &bits, sizeof pair);
+    return pair;
 }
 
 // x = high + low to 2^-22 of x, or 2^-25 where that is more.
