@@ -4,6 +4,7 @@
 //! In tests, `Emulated` compiles the same `kernels/*.cu` with the system's C++ compiler and runs them on the CPU, checked for races,
 //! divergent barriers and accesses out of bounds. How kernels are written is told in `kernels/README.md`.
 
+pub mod attention;
 mod device;
 #[cfg(not(feature = "cuda"))]
 #[path = "disabled.rs"]
