@@ -5,6 +5,7 @@
 
 pub mod attention;
 pub mod cpu;
+pub mod cuda;
 pub mod cross_entropy;
 pub mod embedding;
 pub mod gated;
