@@ -1,6 +1,7 @@
 // Runs the kernels' sources as C++ on the CPU: what `common.cuh` includes when the compiler is not nvcc.
 #pragma once
 
+#include <memory>
 #include <string>
 #include <utility>
 
@@ -47,8 +48,10 @@ template <class... P> inline void call(void (*kernel)(P...), void **args) { call
 
 // Runs a launch; 0, or 1 with what went wrong in `message`.
 inline int launch(const Request *request, Machine::Body body, char *message, std::size_t capacity) {
-    static thread_local Machine machine;
-    const std::string error = machine.run(*request, body);
+    // a pointer: the static thread-local memory that all loaded libraries share is small
+    static thread_local std::unique_ptr<Machine> machine;
+    if (!machine) machine.reset(new Machine);
+    const std::string error = machine->run(*request, body);
     if (error.empty()) return 0;
     std::snprintf(message, capacity, "%s", error.c_str());
     return 1;

@@ -4,7 +4,11 @@
 //! In tests, `Emulated` compiles the same `kernels/*.cu` with the system's C++ compiler and runs them on the CPU, checked for races,
 //! divergent barriers and accesses out of bounds. How kernels are written is told in `kernels/README.md`.
 
+pub mod check;
+pub mod dense;
 mod device;
+pub mod embedding;
+pub mod gated;
 #[cfg(not(feature = "cuda"))]
 #[path = "disabled.rs"]
 mod gpu;
@@ -14,6 +18,9 @@ mod gpu;
 
 #[cfg(test)]
 pub(crate) mod emulated;
+pub mod norm;
+pub mod rope;
+pub mod ternary;
 
 pub use crate::arguments;
 pub use device::{Arg, Buffer, Device, Element, Place, fits};
