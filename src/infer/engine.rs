@@ -1,7 +1,7 @@
 //! The decoder over stored weights. Every floating-point operation is the training forward's own kernel, applied in the same order as in
 //! `model::decoder`, so with an f32 cache the logits have the same bits, however a sequence is cut into calls.
 
-use super::kv::Store;
+use super::kv::{Queries, Store};
 use super::linear::{Codes, Linear, products};
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
@@ -140,7 +140,7 @@ impl Engine {
         work.positions.extend((first..first + ids.len()).map(|position| position as u32));
         self.embed(ids, work)?;
         for (index, (layer, store)) in self.layers.iter().zip(stores).enumerate() {
-            pass.attend(layer, &mut **store, work);
+            pass.attend(layer, &mut **store, work)?;
             work.add_and_normalize(&layer.middle_norm, self.epsilon());
             pass.transform(layer, work);
             let next = self.layers.get(index + 1).map_or(&self.norm, |next| &next.input_norm);
@@ -186,7 +186,7 @@ struct Pass<'a> {
 
 impl Pass<'_> {
     /// `work.normalized` -> attention -> `work.output`.
-    fn attend(&self, layer: &Layer, store: &mut dyn Store, work: &mut Work) {
+    fn attend(&self, layer: &Layer, store: &mut dyn Store, work: &mut Work) -> Result<()> {
         let (spec, epsilon) = (&self.engine.spec, self.engine.epsilon());
         let Work { normalized, q, k, v, attended, output, codes, scales, positions, .. } = work;
         products(normalized, layer.attention.each_ref(), [&mut *q, &mut *k, &mut *v], codes);
@@ -200,12 +200,14 @@ impl Pass<'_> {
         self.rope.rotate(k, positions);
         store.append(k, v);
         attended.resize(q.len(), 0.0);
-        store.attend(spec.heads, spec.kv_heads, spec.head_dim, q, self.first, attended);
+        let Spec { heads, kv_heads, head_dim, .. } = *spec;
+        store.attend(Queries { q, heads, kv_heads, head_dim, first_position: self.first }, attended)?;
         if let Some(gain) = &layer.attention_sub_norm {
             normalize(spec.heads * spec.head_dim, epsilon, attended, gain, q, scales);
             std::mem::swap(attended, q);
         }
         products(attended, [&layer.output], [output], codes);
+        Ok(())
     }
 
     /// `work.normalized` -> MLP -> `work.output`.

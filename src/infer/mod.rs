@@ -2,7 +2,9 @@
 //!
 //! [`Engine`] holds the weights, [`Session`] one sequence with its cache, [`sampler`] chooses tokens and [`generate`] streams text.
 
+pub mod attention;
 pub mod bench;
+pub mod cache;
 mod dense;
 mod engine;
 pub mod generate;

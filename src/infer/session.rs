@@ -1,7 +1,8 @@
 //! One sequence on an engine: its cache, and the three ways on: many tokens, one token, back.
 
 use super::engine::{Engine, Work};
-use super::kv::{Format, Store};
+use super::cache::{Counters, Options};
+use super::kv::{self, Store};
 use crate::error::{Error, Result};
 use crate::ops::cpu::rope::RotaryTable;
 
@@ -12,6 +13,7 @@ const CHUNK: usize = 512;
 pub struct Session<'e> {
     engine: &'e Engine,
     rope: RotaryTable,
+    options: Options,
     stores: Vec<Box<dyn Store>>,
     work: Work,
     length: usize,
@@ -19,8 +21,13 @@ pub struct Session<'e> {
 }
 
 impl<'e> Session<'e> {
-    /// An empty sequence of at most `capacity` tokens, which the model's context must cover.
-    pub fn new(engine: &'e Engine, format: Format, capacity: usize) -> Result<Self> {
+    /// An empty sequence of at most `capacity` tokens, which the model's context must cover. `options` may be a bare
+    /// [`Format`](kv::Format).
+    ///
+    /// # Errors
+    /// When the context or the machine's memory is too small, or the options do not fit the model or each other.
+    pub fn new(engine: &'e Engine, options: impl Into<Options>, capacity: usize) -> Result<Self> {
+        let options = options.into();
         let spec = engine.spec();
         if capacity > spec.context {
             return Err(Error::input("context", format!("{capacity} tokens are more than the {} the model was made for", spec.context))
@@ -29,7 +36,8 @@ impl<'e> Session<'e> {
         Ok(Self {
             engine,
             rope: RotaryTable::new(spec.head_dim, spec.rope_theta, capacity),
-            stores: (0..spec.layers).map(|_| format.store(spec.kv_heads, spec.head_dim)).collect(),
+            stores: (0..spec.layers).map(|layer| kv::store(&options, layer, spec.kv_heads, spec.head_dim)).collect::<Result<_>>()?,
+            options,
             work: Work::default(),
             length: 0,
             capacity,
@@ -39,6 +47,28 @@ impl<'e> Session<'e> {
     /// The engine it runs on.
     pub fn engine(&self) -> &'e Engine {
         self.engine
+    }
+
+    /// How it keeps and reads keys and values.
+    pub fn options(&self) -> &Options {
+        &self.options
+    }
+
+    /// What its attention did since it began, truncated parts included.
+    pub fn counters(&self) -> Counters {
+        self.stores.iter().fold(Counters::default(), |mut sum, store| {
+            sum.add(&store.counters());
+            sum
+        })
+    }
+
+    /// Bytes per token that attention reads when it reads every page, over all layers.
+    ///
+    /// # Errors
+    /// None once the session exists.
+    pub fn kv_bytes_per_token(&self) -> Result<f64> {
+        let spec = self.engine.spec();
+        Ok(spec.layers as f64 * self.options.format.bytes_per_token(spec.kv_heads, spec.head_dim)?)
     }
 
     /// Tokens seen.

@@ -1,4 +1,5 @@
 use super::*;
+use crate::infer::kv::Format;
 use crate::export::Target;
 use crate::infer::testing::{Artifact, dense, ids, ternary, training_logits, weights};
 use crate::model::{Norm, Spec};
@@ -84,7 +85,7 @@ fn going_back_forgets() {
     let spec = dense();
     let engine = Artifact::checkpoint(&spec, &weights(&spec, 7)).engine();
     let (first, second) = (ids(100, spec.vocab, 8), ids(30, spec.vocab, 9));
-    for format in Format::ALL {
+    for format in Format::all() {
         let mut session = Session::new(&engine, format, 130).unwrap();
         session.prefill(&first).unwrap();
         session.truncate(70);
@@ -101,7 +102,7 @@ fn half_precision_cache_stays_close() {
     let spec = dense();
     let engine = Artifact::checkpoint(&spec, &weights(&spec, 10)).engine();
     let ids = ids(120, spec.vocab, 11);
-    let [exact, rounded] = Format::ALL.map(|format| Session::new(&engine, format, 120).unwrap().prefill_all(&ids).unwrap());
+    let [exact, rounded] = [Format::F32, Format::F16].map(|format| Session::new(&engine, format, 120).unwrap().prefill_all(&ids).unwrap());
     let error = exact.iter().zip(&rounded).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>();
     let size = exact.iter().map(|a| f64::from(*a).powi(2)).sum::<f64>();
     assert!(error > 0.0 && error < 1e-4 * size, "{error} {size}");

@@ -7,12 +7,14 @@
 
 mod backward;
 mod forward;
+mod lines;
 mod product;
 mod tiles;
 
 use super::scratch::Scratch;
 use backward::{KeySide, QuerySide, backward_head};
 use forward::{BLOCK, Block};
+pub use lines::{Line, Share, Shares, TileSet, attend_lines};
 use rayon::prelude::*;
 use std::borrow::Cow;
 use std::marker::PhantomData;

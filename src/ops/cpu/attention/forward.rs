@@ -48,6 +48,22 @@ impl Seen {
     }
 }
 
+/// Is shown what lines draw from each tile.
+pub(super) trait Witness {
+    /// Lines from `first_line` on have read `tile`: line `first_line + i` saw the slots `seen[i]`, with the weights exp(score - maximum)
+    /// in `weights[64 * i..]`. Of a row of weights only the lanes around what its group saw mean anything: they are 0 where the line
+    /// itself saw nothing.
+    fn read(&mut self, block: &Block, tile: usize, first_line: usize, seen: &[Seen; GROUP], weights: &[f32]);
+}
+
+/// Nobody watches.
+pub(super) struct Unwatched;
+
+impl Witness for Unwatched {
+    #[inline(always)]
+    fn read(&mut self, _: &Block, _: usize, _: usize, _: &[Seen; GROUP], _: &[f32]) {}
+}
+
 /// A block of lines on its way through the tiles.
 pub(super) struct Block {
     head_dim: usize,
@@ -85,27 +101,43 @@ impl Block {
 
     /// Attends to every tile that some line sees.
     pub(super) fn attend(&mut self, tiles: &(impl KeyValueTiles + ?Sized), kv_head: usize) {
+        self.attend_chosen(tiles, kv_head, |_, _| true, &mut Unwatched);
+    }
+
+    /// Attends to the tiles that a line sees and `reads(line, tile)` lets it read; `witness` is shown every step.
+    pub(super) fn attend_chosen(
+        &mut self,
+        tiles: &(impl KeyValueTiles + ?Sized),
+        kv_head: usize,
+        reads: impl Fn(usize, usize) -> bool,
+        witness: &mut impl Witness,
+    ) {
         let Some((_, last)) = self.spans.last() else { return };
         let first = self.spans.iter().map(|(start, _)| *start).min().unwrap_or(0);
         let (mut key_scratch, mut value_scratch) =
             (Scratch::take(key_tile_len(self.head_dim)), Scratch::take(value_tile_len(self.head_dim)));
         let mut scores = Scratch::take(GROUP * TILE);
         for tile in first / TILE..=last / TILE {
+            if !(0..self.spans.len()).any(|line| reads(line, tile)) {
+                continue;
+            }
             let keys = tiles.keys(kv_head, tile, &mut key_scratch);
             let values = tiles.values(kv_head, tile, &mut value_scratch);
             for line in (0..self.spans.len()).step_by(GROUP) {
-                self.attend_group(tile, line, keys, values, &mut scores);
+                let mut seen = [Seen::default(); GROUP];
+                for ((line, seen), (start, position)) in (line..).zip(&mut seen).zip(&self.spans[line..]) {
+                    *seen = if reads(line, tile) { Seen::of(tile, *start, *position) } else { Seen::default() };
+                }
+                self.attend_group(line, &seen, keys, values, &mut scores);
+                witness.read(self, tile, line, &seen, &scores);
             }
         }
     }
 
-    fn attend_group(&mut self, tile: usize, first_line: usize, keys: &[f32], values: &[f32], scores: &mut [f32]) {
+    fn attend_group(&mut self, first_line: usize, seen: &[Seen; GROUP], keys: &[f32], values: &[f32], scores: &mut [f32]) {
         let (head_dim, width) = (self.head_dim, padded(self.head_dim));
         let lines = first_line..self.spans.len().min(first_line + GROUP);
         let rows = lines.len();
-        let mut seen = [Seen::default(); GROUP];
-        let spans = &self.spans[lines.clone()];
-        seen.iter_mut().zip(spans).for_each(|(seen, (start, position))| *seen = Seen::of(tile, *start, *position));
         let hull = Seen::hull(&seen[..rows]);
         if hull.is_empty() {
             return;
@@ -138,9 +170,29 @@ impl Block {
         product.run(Target { c: outputs, stride: width, accumulate: true });
     }
 
+    /// Number of lines.
+    pub(super) fn len(&self) -> usize {
+        self.spans.len()
+    }
+
+    /// The largest score a line has met.
+    pub(super) fn maximum(&self, line: usize) -> f32 {
+        self.maxima[line]
+    }
+
+    /// A line's output so far, `[padded head_dim]`: sum of exp(score - maximum) value.
+    pub(super) fn unfinished(&self, line: usize) -> &[f32] {
+        &self.outputs[line * padded(self.head_dim)..][..padded(self.head_dim)]
+    }
+
+    /// Sum of a line's weights exp(score - maximum) so far.
+    pub(super) fn sum(&self, line: usize) -> f32 {
+        reduce::join(self.sums[line], |a, b| a + b)
+    }
+
     /// Writes a line's output and returns its log-sum-exp.
     pub(super) fn finish(&self, line: usize, out: &mut [f32]) -> f32 {
-        let sum = reduce::join(self.sums[line], |a, b| a + b);
+        let sum = self.sum(line);
         let factor = 1.0 / sum;
         let outputs = &self.outputs[line * padded(self.head_dim)..];
         // Adding zero turns -0, which terms of weight 0 may or may not have cleared already, into 0.

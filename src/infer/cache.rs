@@ -1,0 +1,163 @@
+//! How a session keeps and reads its keys and values, and what that did.
+
+use super::attention::Attention;
+use super::kv::Format;
+use crate::error::{Error, Result};
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::str::FromStr;
+
+/// What a session's cache stores, which pages a query reads, and what is promised about the result.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Options {
+    /// How pages are stored near.
+    pub format: Format,
+    /// Which pages a query reads.
+    pub attention: Attention,
+    /// Largest error of a head's output against the FP16 cache, relative to the output's norm. Outputs whose certificate is larger are
+    /// recomputed from the FP16 originals. Without it nothing is certified; infinite, bounds are computed and nothing is recomputed.
+    pub epsilon: Option<f32>,
+    /// Which certificate has to be within `epsilon`.
+    pub certificate: Certificate,
+    /// Compares every output with the FP16 cache and counts violations of its bound; as slow as it sounds.
+    pub check: bool,
+}
+
+impl From<Format> for Options {
+    fn from(format: Format) -> Self {
+        Self { format, ..Self::default() }
+    }
+}
+
+impl Options {
+    /// # Errors
+    /// When the settings contradict each other.
+    pub fn check(&self) -> Result<()> {
+        if self.epsilon.is_some_and(|epsilon| epsilon.is_nan() || epsilon < 0.0) {
+            return Err(Error::input("epsilon", "is not a positive number or zero").fix("give a relative error such as 0.05"));
+        }
+        if self.format == Format::F32 && (self.attention != Attention::Dense || self.certifies()) {
+            return Err(Error::input("kv", "f32 has the bits of training, neither pages nor certificates")
+                .fix("choose f16 or a smaller format for sparse or certified attention"));
+        }
+        Ok(())
+    }
+
+    /// Whether bounds are computed.
+    pub(super) fn certifies(&self) -> bool {
+        self.epsilon.is_some() || self.check
+    }
+
+    /// The error allowed, relative to an output's norm.
+    pub(super) fn tolerance(&self) -> f64 {
+        self.epsilon.map_or(f64::INFINITY, f64::from)
+    }
+}
+
+/// What has to hold for an output to be accepted without reading originals.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Certificate {
+    /// The bound that no input can break.
+    #[default]
+    Hard,
+    /// That bound, or else twice the root-mean-square meter: calibrated, no guarantee.
+    Metered,
+}
+
+impl Certificate {
+    /// Every certificate.
+    pub const ALL: [Self; 2] = [Self::Hard, Self::Metered];
+
+    /// As options spell it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Hard => "hard",
+            Self::Metered => "metered",
+        }
+    }
+}
+
+impl fmt::Display for Certificate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Certificate {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        Self::ALL.into_iter().find(|certificate| certificate.name() == name).ok_or_else(|| {
+            Error::input("certificate", format!("there is no certificate {name:?}"))
+                .fix(format!("choose one of {}", Self::ALL.map(Self::name).join(", ")))
+        })
+    }
+}
+
+/// What a session's attention did so far. A head-step is one head's output at one token of one layer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Counters {
+    /// Head-steps whose hard bound was within epsilon at once.
+    pub hard: u64,
+    /// Head-steps accepted by the meter.
+    pub metered: u64,
+    /// Head-steps accepted after some originals had been read.
+    pub recovered: u64,
+    /// Head-steps computed from the FP16 originals altogether.
+    pub dense: u64,
+    /// Pages read, per key-value head and token, before any recovery.
+    pub pages_read: u64,
+    /// Pages that dense attention would have read.
+    pub pages_seen: u64,
+    /// Pages of which originals were read in recovery: the keys, the values or both. Dense head-steps count every page before their own.
+    pub pages_promoted: u64,
+    /// Bytes of pages read, before any recovery.
+    pub bytes_read: u64,
+    /// Bytes of originals read in recovery.
+    pub bytes_moved: u64,
+    /// Sum over certified head-steps of the final hard bound, relative to the output's norm; those computed densely count 0.
+    pub bound_sum: f64,
+    /// The largest of them.
+    pub bound_max: f64,
+    /// Sum over certified head-steps of the final root-mean-square estimate, relative to the output's norm.
+    pub meter_sum: f64,
+    /// Head-steps compared with the FP16 cache.
+    pub checked: u64,
+    /// Of those, errors beyond the hard bound: a defect when not 0.
+    pub violations: u64,
+    /// Of those, errors beyond twice the root-mean-square estimate.
+    pub meter_exceeded: u64,
+    /// Sum over the compared of the true error relative to the output's norm.
+    pub error_sum: f64,
+    /// The largest of them.
+    pub error_max: f64,
+}
+
+impl Counters {
+    /// Head-steps that were certified.
+    pub fn head_steps(&self) -> u64 {
+        self.hard + self.metered + self.recovered + self.dense
+    }
+
+    /// Adds up two stretches of work.
+    pub fn add(&mut self, other: &Self) {
+        self.hard += other.hard;
+        self.metered += other.metered;
+        self.recovered += other.recovered;
+        self.dense += other.dense;
+        self.pages_read += other.pages_read;
+        self.pages_seen += other.pages_seen;
+        self.pages_promoted += other.pages_promoted;
+        self.bytes_read += other.bytes_read;
+        self.bytes_moved += other.bytes_moved;
+        self.bound_sum += other.bound_sum;
+        self.bound_max = self.bound_max.max(other.bound_max);
+        self.meter_sum += other.meter_sum;
+        self.checked += other.checked;
+        self.violations += other.violations;
+        self.meter_exceeded += other.meter_exceeded;
+        self.error_sum += other.error_sum;
+        self.error_max = self.error_max.max(other.error_max);
+    }
+}

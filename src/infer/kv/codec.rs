@@ -1,0 +1,104 @@
+//! How a full page of one key-value head is stored near: one codec per file, each lossy in its own way and each saying by how much.
+//!
+//! A page is 64 tokens ([`TILE`]). Whatever the codec, the last [`certificate::BYTES`] bytes of a page hold its [`Certificate`]:
+//! errors measured when the page was made, by decoding it, and rounded up. That is why a codec needs no proof to be trusted.
+
+mod affine;
+pub mod certificate;
+mod half;
+mod int8_int4;
+#[cfg(test)]
+mod tests;
+
+pub use certificate::Certificate;
+pub use int8_int4::{Int8Int4, Layout};
+
+use crate::error::{Error, Result};
+use crate::ops::cpu::attention::TILE;
+use ::half::f16;
+
+/// A way to store a page. All methods take pages of [`Codec::page_bytes`] bytes made by [`Codec::encode`] of the same codec.
+///
+/// A page that held a number that is not finite decodes to finite ones, and its error bounds are infinite: no certificate accepts it.
+pub trait Codec: Send + Sync {
+    /// As `--kv` spells it.
+    fn name(&self) -> &'static str;
+
+    /// Width of a key and of a value.
+    fn head_dim(&self) -> usize;
+
+    /// Bytes of one encoded page of one head, certificate included; a multiple of 16.
+    fn page_bytes(&self) -> usize;
+
+    /// Stores `keys` (after RoPE) and `values`, both `[64, head_dim]` in token order. Writes all of `page`.
+    fn encode(&self, keys: &[f16], values: &[f16], page: &mut [u8]);
+
+    /// The keys as attention reads them, `[head_dim, 64]`, in the basis they were given in.
+    fn decode_keys(&self, page: &[u8], tile: &mut [f32]);
+
+    /// The values as attention reads them, `[64, padded(head_dim)]`; what pads a row is 0.
+    fn decode_values(&self, page: &[u8], tile: &mut [f32]);
+
+    /// At least max_t |q . (k_t - khat_t)| / sqrt(head_dim) over the page; the rounding of a score's own sum is not included.
+    fn score_error(&self, page: &[u8], query: &[f32]) -> f32 {
+        Certificate::read(page).score_error(query)
+    }
+
+    /// At least max_t norm(v_t - vhat_t).
+    fn value_error(&self, page: &[u8]) -> f32 {
+        Certificate::read(page).value_error
+    }
+
+    /// At least norm(vhat_t) of each token, rounded up to f16, `[64]`. Infinite where f16 cannot hold it.
+    fn value_norms(&self, page: &[u8], norms: &mut [f32]) {
+        certificate::read_value_norms(page, norms);
+    }
+
+    /// Per channel, bounds of the original keys of the page (`low <= k_t <= high`, `[head_dim]` each). False where the codec keeps none;
+    /// then nothing is written.
+    fn key_box(&self, _page: &[u8], _low: &mut [f32], _high: &mut [f32]) -> bool {
+        false
+    }
+
+    /// Expected squares, for an estimate of the error that is not a bound: the variance of a score's error over the page's tokens, and
+    /// the mean of norm(v_t - vhat_t)^2.
+    fn mean_squares(&self, page: &[u8], query: &[f32]) -> (f32, f32) {
+        let certificate = Certificate::read(page);
+        (certificate.score_variance(query), certificate.value_mean_square)
+    }
+}
+
+/// Names of all codecs, as `--kv` spells them.
+pub const NAMES: [&str; 1] = ["int8-int4"];
+
+/// The widest head that codecs take: far beyond any model, so that tables made for a width stay small.
+const WIDEST: usize = 1024;
+
+/// The codec called `name` for heads of `head_dim` channels (even, from 8 to 1024).
+pub fn codec(name: &str, head_dim: usize) -> Result<Box<dyn Codec>> {
+    if !head_dim.is_multiple_of(2) || !(8..=WIDEST).contains(&head_dim) {
+        let cause = format!("cache format {name} stores heads of an even width from 8 to {WIDEST}; this model's are {head_dim} wide");
+        return Err(Error::input("kv", cause).fix("choose f32 or f16"));
+    }
+    Ok(match name {
+        "int8-int4" => Box::new(Int8Int4::new(head_dim)),
+        _ => {
+            let advice = format!("choose one of {}", NAMES.join(", "));
+            return Err(Error::input("kv", format!("there is no quantized cache format {name:?}")).fix(advice));
+        }
+    })
+}
+
+/// What `encode` starts from: f32 copies, with NaN as 0 and infinities as the largest half, so that codes are always defined.
+fn finite(x: &[f16]) -> Vec<f32> {
+    x.iter().map(|x| if x.is_nan() { 0.0 } else { x.to_f32().clamp(f16::MIN.to_f32(), f16::MAX.to_f32()) }).collect()
+}
+
+/// `[64, width]` as `[width, 64]`.
+fn transposed(rows: &[f32], width: usize) -> Vec<f32> {
+    let mut out = vec![0.0; rows.len()];
+    for (token, row) in rows.chunks_exact(width).enumerate() {
+        row.iter().enumerate().for_each(|(channel, x)| out[channel * TILE + token] = *x);
+    }
+    out
+}

@@ -1,0 +1,109 @@
+//! What a page says about its own error, measured by decoding it when it is made. Calver 2026, arXiv:2605.20868, with a ball about the
+//! decoded keys beside (or instead of) the interval per channel.
+//!
+//! The last [`BYTES`] bytes of every page, little-endian: four f32 in the order of [`Certificate`]'s fields, then f16 `[64]`:
+//! norm(vhat_t) of each token, rounded up.
+
+use super::Codec;
+use super::half::{float_up, half_up, write};
+use crate::multiversion;
+use crate::ops::cpu::attention::{TILE, key_tile_len, padded, value_tile_len};
+use crate::ops::cpu::reduce;
+use half::f16;
+
+/// Bytes of a certificate.
+pub const BYTES: usize = NORMS + 2 * TILE;
+/// Where the norms start.
+const NORMS: usize = 16;
+
+/// Exceeds the relative rounding of a sum in 16 lanes over the channels of a head, with a few products and a root around it.
+pub(super) const SUM_SLACK: f32 = 1.0 + 1.0 / 65536.0;
+
+/// Errors of one page.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Certificate {
+    /// At least max_t norm(k_t - khat_t).
+    pub key_radius: f32,
+    /// At least max_t norm(v_t - vhat_t).
+    pub value_error: f32,
+    /// Mean over tokens of norm(k_t - khat_t)^2.
+    pub key_mean_square: f32,
+    /// Mean over tokens of norm(v_t - vhat_t)^2.
+    pub value_mean_square: f32,
+}
+
+impl Certificate {
+    /// The certificate of `page`.
+    pub fn read(page: &[u8]) -> Self {
+        let bytes = &page[page.len() - BYTES..];
+        let field = |index: usize| f32::from_le_bytes(std::array::from_fn(|byte| bytes[4 * index + byte]));
+        Self { key_radius: field(0), value_error: field(1), key_mean_square: field(2), value_mean_square: field(3) }
+    }
+
+    /// By Cauchy and Schwarz, norm(q) max_t norm(k_t - khat_t) / sqrt(d); turning the query does not change it.
+    pub fn score_error(&self, query: &[f32]) -> f32 {
+        let bound = (sum_of_squares(query) / query.len() as f32).sqrt() * self.key_radius * SUM_SLACK;
+        // No error for a query of zeros, unless the page holds what is not finite: 0 * inf.
+        if bound.is_nan() { f32::INFINITY } else { bound }
+    }
+
+    /// Variance of q . (k_t - khat_t) / sqrt(d) when the error has no preferred direction: norm(q)^2 E norm(k - khat)^2 / d^2.
+    pub fn score_variance(&self, query: &[f32]) -> f32 {
+        let width = query.len() as f32;
+        sum_of_squares(query) * self.key_mean_square / (width * width)
+    }
+}
+
+multiversion! {
+    fn sum_of_squares(query: &[f32]) -> f32 {
+        reduce::sum_of_squares(query)
+    }
+}
+
+/// norm(vhat_t) of each token, rounded up.
+pub(super) fn read_value_norms(page: &[u8], norms: &mut [f32]) {
+    let bytes = &page[page.len() - BYTES + NORMS..];
+    norms.iter_mut().zip(bytes.chunks_exact(2)).for_each(|(norm, bytes)| *norm = f16::from_le_bytes([bytes[0], bytes[1]]).to_f32());
+}
+
+/// Decodes `page` and writes its certificate against the originals, both `[64, head_dim]`.
+pub(super) fn seal(codec: &dyn Codec, keys: &[f16], values: &[f16], page: &mut [u8]) {
+    let head_dim = codec.head_dim();
+    let (mut key_tile, mut value_tile) = (vec![0.0; key_tile_len(head_dim)], vec![0.0; value_tile_len(head_dim)]);
+    codec.decode_keys(page, &mut key_tile);
+    codec.decode_values(page, &mut value_tile);
+    let stored_key = |token: usize, channel: usize| key_tile[channel * TILE + token];
+    let stored_value = |token: usize, channel: usize| value_tile[token * padded(head_dim) + channel];
+    let [keys, values] = [squares(keys, head_dim, stored_key), squares(values, head_dim, stored_value)];
+    let start = page.len() - BYTES;
+    let certificate = &mut page[start..];
+    for (index, field) in [radius(&keys), radius(&values), mean(&keys), mean(&values)].into_iter().enumerate() {
+        certificate[4 * index..4 * index + 4].copy_from_slice(&field.to_le_bytes());
+    }
+    for token in 0..TILE {
+        let square: f64 = (0..head_dim).map(|channel| f64::from(stored_value(token, channel)).powi(2)).sum();
+        write(&mut certificate[NORMS..], token, half_up(raised(square.sqrt())));
+    }
+}
+
+/// Squared distance of each token's vector from the stored one; infinite for a vector that is not finite.
+fn squares(originals: &[f16], head_dim: usize, stored: impl Fn(usize, usize) -> f32) -> Vec<f64> {
+    let square = |(token, row): (usize, &[f16])| {
+        let sum: f64 = row.iter().enumerate().map(|(channel, x)| (x.to_f64() - f64::from(stored(token, channel))).powi(2)).sum();
+        if sum.is_finite() { sum } else { f64::INFINITY }
+    };
+    originals.chunks_exact(head_dim).enumerate().map(square).collect()
+}
+
+fn radius(squares: &[f64]) -> f32 {
+    float_up(raised(squares.iter().copied().fold(0.0, f64::max).sqrt()))
+}
+
+fn mean(squares: &[f64]) -> f32 {
+    (squares.iter().sum::<f64>() / squares.len() as f64) as f32
+}
+
+/// Above what rounding in f64 could have taken off a root of a sum over channels.
+fn raised(x: f64) -> f64 {
+    x * (1.0 + 1e-12)
+}

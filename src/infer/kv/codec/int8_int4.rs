@@ -1,0 +1,276 @@
+//! Keys in 8 bits per channel, values in 4 bits per group. Calver 2026, arXiv:2605.20868, with f16 metadata and pages of 64 tokens.
+//! khat = scale_c * code + zero_c over the 64 tokens of channel c;   vhat = scale_tg * code + zero_tg over 32 channels of one token
+//! Both are one fused multiply-add in f32. Zeros are the exact least number, scales are f16 rounded up (see `affine`).
+
+use super::affine::Affine;
+use super::certificate::{self, Certificate, SUM_SLACK};
+use super::{Codec, finite, half, transposed};
+use crate::multiversion;
+use crate::ops::cpu::attention::{TILE, padded};
+use crate::ops::cpu::reduce::{LANES, Lanes, join};
+use ::half::f16;
+use std::ops::Range;
+
+/// Channels of a value that share a scale; the last group of a row may be shorter.
+const GROUP: usize = 32;
+const KEY_LEVELS: f32 = 255.0;
+const VALUE_LEVELS: f32 = 15.0;
+
+/// Where the parts of a page lie, in bytes; the certificate follows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Layout {
+    /// u8 `[head_dim, 64]`
+    pub key_codes: Range<usize>,
+    /// `[64, head_dim / 2]`: a group of w channels takes w / 2 bytes, channel i in the low half of byte i, channel w/2 + i in the high.
+    pub value_codes: Range<usize>,
+    /// f16 `[head_dim]`
+    pub key_scales: Range<usize>,
+    /// f16 `[head_dim]`
+    pub key_zeros: Range<usize>,
+    /// f16 `[64, groups]`
+    pub value_scales: Range<usize>,
+    /// f16 `[64, groups]`
+    pub value_zeros: Range<usize>,
+}
+
+impl Layout {
+    fn new(head_dim: usize) -> Self {
+        let mut end = 0;
+        let mut part = |bytes: usize| {
+            end += bytes;
+            end - bytes..end
+        };
+        let metadata = 2 * TILE * head_dim.div_ceil(GROUP);
+        Self {
+            key_codes: part(TILE * head_dim),
+            value_codes: part(TILE * head_dim / 2),
+            key_scales: part(2 * head_dim),
+            key_zeros: part(2 * head_dim),
+            value_scales: part(metadata),
+            value_zeros: part(metadata),
+        }
+    }
+}
+
+/// The codec `int8-int4`.
+#[derive(Clone, Debug)]
+pub struct Int8Int4 {
+    head_dim: usize,
+    layout: Layout,
+}
+
+impl Int8Int4 {
+    /// For heads of `head_dim` channels, which is even.
+    pub fn new(head_dim: usize) -> Self {
+        Self { head_dim, layout: Layout::new(head_dim) }
+    }
+
+    /// Where the parts of a page lie.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    fn encode_key_channel(&self, channel: usize, keys: &[f32], page: &mut [u8]) {
+        let affine = Affine::fit(keys.iter().copied(), KEY_LEVELS);
+        half::write(&mut page[self.layout.key_scales.clone()], channel, affine.scale);
+        half::write(&mut page[self.layout.key_zeros.clone()], channel, affine.zero);
+        let codes = page[self.layout.key_codes.clone()][channel * TILE..].iter_mut();
+        codes.zip(keys).for_each(|(code, key)| *code = affine.code(*key, KEY_LEVELS));
+    }
+
+    fn encode_value_row(&self, token: usize, row: &[f32], page: &mut [u8]) {
+        let groups = self.head_dim.div_ceil(GROUP);
+        for (index, group) in row.chunks(GROUP).enumerate() {
+            let affine = Affine::fit(group.iter().copied(), VALUE_LEVELS);
+            half::write(&mut page[self.layout.value_scales.clone()], token * groups + index, affine.scale);
+            half::write(&mut page[self.layout.value_zeros.clone()], token * groups + index, affine.zero);
+            let (first, second) = group.split_at(group.len() / 2);
+            let codes = page[self.layout.value_codes.clone()][(token * self.head_dim + index * GROUP) / 2..].iter_mut();
+            let pairs = first.iter().zip(second).map(|(low, high)| affine.code(*low, VALUE_LEVELS) | affine.code(*high, VALUE_LEVELS) << 4);
+            codes.zip(pairs).for_each(|(code, pair)| *code = pair);
+        }
+    }
+}
+
+impl Codec for Int8Int4 {
+    fn name(&self) -> &'static str {
+        "int8-int4"
+    }
+
+    fn head_dim(&self) -> usize {
+        self.head_dim
+    }
+
+    fn page_bytes(&self) -> usize {
+        (self.layout.value_zeros.end + certificate::BYTES).next_multiple_of(16)
+    }
+
+    fn encode(&self, keys: &[f16], values: &[f16], page: &mut [u8]) {
+        page.fill(0);
+        for (channel, keys) in transposed(&finite(keys), self.head_dim).chunks_exact(TILE).enumerate() {
+            self.encode_key_channel(channel, keys, page);
+        }
+        for (token, row) in finite(values).chunks_exact(self.head_dim).enumerate() {
+            self.encode_value_row(token, row, page);
+        }
+        certificate::seal(self, keys, values, page);
+    }
+
+    fn decode_keys(&self, page: &[u8], tile: &mut [f32]) {
+        let Layout { key_codes, key_scales, key_zeros, .. } = self.layout.clone();
+        decode_key_codes(&page[key_codes], &page[key_scales], &page[key_zeros], tile);
+    }
+
+    fn decode_values(&self, page: &[u8], tile: &mut [f32]) {
+        let Layout { value_codes, value_scales, value_zeros, .. } = self.layout.clone();
+        decode_value_codes(self.head_dim, &page[value_codes], &page[value_scales], &page[value_zeros], tile);
+    }
+
+    fn score_error(&self, page: &[u8], query: &[f32]) -> f32 {
+        let Layout { key_scales, key_zeros, .. } = self.layout.clone();
+        let interval = interval_error(query, &page[key_scales], &page[key_zeros]) / (query.len() as f32).sqrt() * SUM_SLACK;
+        let ball = Certificate::read(page).score_error(query);
+        // The ball alone knows of numbers that were not finite.
+        if ball.is_finite() { ball.min(interval) } else { ball }
+    }
+
+    fn key_box(&self, page: &[u8], low: &mut [f32], high: &mut [f32]) -> bool {
+        if Certificate::read(page).key_radius == f32::INFINITY {
+            low.fill(f32::NEG_INFINITY);
+            high.fill(f32::INFINITY);
+            return true;
+        }
+        let (scales, zeros) = (&page[self.layout.key_scales.clone()], &page[self.layout.key_zeros.clone()]);
+        for (channel, (low, high)) in low.iter_mut().zip(high).enumerate() {
+            let (zero, range) = (f64::from(half::read(zeros, channel)), f64::from(KEY_LEVELS * half::read(scales, channel)));
+            *low = zero as f32;
+            // The scale came from a range rounded to f32.
+            *high = half::float_up(zero + range * (1.0 + 1e-6));
+        }
+        true
+    }
+
+    /// Errors of a channel are uniform over a step: q_c^2 scale_c^2 / 12 each.
+    fn mean_squares(&self, page: &[u8], query: &[f32]) -> (f32, f32) {
+        let certificate = Certificate::read(page);
+        let uniform = interval_variance(query, &page[self.layout.key_scales.clone()]) / (12.0 * query.len() as f32);
+        let variance = if certificate.key_mean_square.is_finite() { uniform } else { f32::INFINITY };
+        (variance, certificate.value_mean_square)
+    }
+}
+
+multiversion! {
+    fn decode_key_codes(codes: &[u8], scales: &[u8], zeros: &[u8], tile: &mut [f32]) {
+        for (channel, (codes, out)) in codes.as_chunks::<TILE>().0.iter().zip(tile.as_chunks_mut::<TILE>().0).enumerate() {
+            let (scale, zero) = (half::read(scales, channel), half::read(zeros, channel));
+            out.iter_mut().zip(codes).for_each(|(out, code)| *out = scale.mul_add(f32::from(*code), zero));
+        }
+    }
+}
+
+multiversion! {
+    fn decode_value_codes(head_dim: usize, codes: &[u8], scales: &[u8], zeros: &[u8], tile: &mut [f32]) {
+        let groups = head_dim.div_ceil(GROUP);
+        for (token, (codes, row)) in codes.chunks_exact(head_dim / 2).zip(tile.chunks_exact_mut(padded(head_dim))).enumerate() {
+            let (row, rest) = row.split_at_mut(head_dim);
+            rest.fill(0.0);
+            for (index, (codes, out)) in codes.chunks(GROUP / 2).zip(row.chunks_mut(GROUP)).enumerate() {
+                let (scale, zero) = (half::read(scales, token * groups + index), half::read(zeros, token * groups + index));
+                match (codes.as_array::<{ GROUP / 2 }>(), out.as_mut_array::<GROUP>()) {
+                    (Some(codes), Some(out)) => decode_group(codes, scale, zero, out),
+                    _ => decode_group(codes, scale, zero, out),
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn decode_group(codes: &[u8], scale: f32, zero: f32, out: &mut [f32]) {
+    let (first, second) = out.split_at_mut(codes.len());
+    for ((first, second), code) in first.iter_mut().zip(second).zip(codes) {
+        *first = scale.mul_add(f32::from(code & 15), zero);
+        *second = scale.mul_add(f32::from(code >> 4), zero);
+    }
+}
+
+multiversion! {
+    /// sum_c |q_c| max_t |k_tc - khat_tc|: half a step, and the roundings of the quotient (a code's share) and of the result.
+    fn interval_error(query: &[f32], scales: &[u8], zeros: &[u8]) -> f32 {
+        const HALF_STEP: f32 = 0.5 + 1e-4;
+        let mut sums: Lanes = [0.0; LANES];
+        for (channel, query) in query.iter().enumerate() {
+            let (scale, zero) = (half::read(scales, channel), half::read(zeros, channel));
+            let rounding = KEY_LEVELS.mul_add(scale, zero.abs()) * f32::EPSILON;
+            let sum = &mut sums[channel % LANES];
+            *sum = query.abs().mul_add(HALF_STEP.mul_add(scale, rounding), *sum);
+        }
+        join(sums, |x, y| x + y)
+    }
+}
+
+multiversion! {
+    /// sum_c q_c^2 scale_c^2
+    fn interval_variance(query: &[f32], scales: &[u8]) -> f32 {
+        let mut sums: Lanes = [0.0; LANES];
+        for (channel, query) in query.iter().enumerate() {
+            let step = query * half::read(scales, channel);
+            sums[channel % LANES] = step.mul_add(step, sums[channel % LANES]);
+        }
+        join(sums, |x, y| x + y)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::cpu::attention::{key_tile_len, value_tile_len};
+
+    /// Token t, channel c holds t + 100 c for keys and 15 steps of one half for values.
+    #[test]
+    fn layout_is_pinned() {
+        let codec = Int8Int4::new(40);
+        let keys: Vec<f16> = (0..TILE * 40).map(|i| f16::from_f32((i / 40 + 100 * (i % 40)) as f32)).collect();
+        let values: Vec<f16> = (0..TILE * 40).map(|i| f16::from_f32((i % 40 % 16) as f32 * 0.5)).collect();
+        let mut page = vec![0xAA; codec.page_bytes()];
+        codec.encode(&keys, &values, &mut page);
+        let layout = codec.layout();
+        assert_eq!(layout.value_zeros.end + certificate::BYTES, page.len());
+        assert_eq!(half::read(&page[layout.key_zeros.clone()], 3), 300.0);
+        let codes = &page[layout.key_codes.clone()][3 * TILE..4 * TILE];
+        assert!(codes[0] == 0 && codes[63] >= 254 && codes.is_sorted(), "{codes:?}");
+        // Channels 0..32 form a group: i beside i + 16, both i / 2. Channels 32..40 hold 0 to 3.5 in a group of their own.
+        let row = &page[layout.value_codes.clone()][20..40];
+        assert_eq!(row[..16], std::array::from_fn::<u8, 16, _>(|i| (i * 17) as u8));
+        // 0..8 over 15 levels: the scale is a little above 7/15, so codes are 0, 2, 4, 6 and 9, 11, 13, 15.
+        assert_eq!(row[16..], [0x90, 0xB2, 0xD4, 0xF6]);
+    }
+
+    #[test]
+    fn bytes_per_token_at_width_128() {
+        let bytes = Int8Int4::new(128).page_bytes() as f64 / TILE as f64;
+        assert_eq!(bytes, 218.25);
+    }
+
+    #[test]
+    fn codes_survive_a_round_trip() {
+        let codec = Int8Int4::new(72);
+        let mut stream = crate::ops::rng::Stream::new(5, "int8-int4");
+        let mut halves = || -> Vec<f16> { (0..TILE * 72).map(|_| f16::from_f64(stream.normal())).collect() };
+        let (keys, values) = (halves(), halves());
+        let mut page = vec![0; codec.page_bytes()];
+        codec.encode(&keys, &values, &mut page);
+        let (mut key_tile, mut value_tile) = (vec![0.0; key_tile_len(72)], vec![f32::NAN; value_tile_len(72)]);
+        codec.decode_keys(&page, &mut key_tile);
+        codec.decode_values(&page, &mut value_tile);
+        for channel in 0..72 {
+            let zero = half::read(&page[codec.layout.key_zeros.clone()], channel);
+            let scale = half::read(&page[codec.layout.key_scales.clone()], channel);
+            let again = Affine { zero: f16::from_f32(zero), scale: f16::from_f32(scale) };
+            for token in 0..TILE {
+                assert_eq!(again.code(key_tile[channel * TILE + token], KEY_LEVELS), page[channel * TILE + token]);
+            }
+        }
+        assert!(value_tile.chunks(padded(72)).all(|row| row[72..].iter().all(|x| *x == 0.0)));
+    }
+}
