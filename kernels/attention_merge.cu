@@ -1,0 +1,99 @@
+// The parts of a decode become its answer: output, log-sum-exp and how far the output can be from the one of exact pages.
+//
+// Hard bound. With u the weights used, a the exact ones, s_t = shat_t + delta_t, |delta_t| <= Delta_b on page b, w_t = e^delta_t,
+// W = sum_t u_t w_t >= W_low = sum_b rho_b e^-Delta_b, Ohat = sum u_t vhat_t: since a_t = u_t w_t / W and sum_t u_t (vhat_t - Ohat) = 0,
+//   O - Ohat = sum_t a_t (v_t - vhat_t) + (1/W) sum_t u_t (w_t - 1) (vhat_t - Ohat).
+// The first sum is at most (1/W_low) sum_b rho_b e^Delta_b eta_b. In the second |w_t - 1| <= e^Delta_b - 1, and for the pages b of part p
+//   sum_b (e^Delta_b - 1) sum_{t in b} u_t norm(vhat_t - Ohat)
+//     <= sum_b (e^Delta_b - 1) sqrt(rho_b S_b)                                (Cauchy-Schwarz within b; S_b = sum u_t norm(vhat_t - Ohat)^2)
+//     <= sqrt(sum_b (e^Delta_b - 1)^2 rho_b) sqrt(sum_b S_b) <= sqrt(key_squares_p) sqrt(S_p)             (Cauchy-Schwarz over b),
+// the last since S_p also counts the exact pages of p. So
+//   norm(O - Ohat) <= (1/W_low) [ value_term + sum_p sqrt(key_squares_p S_p) ],
+//   S_p = norm_squares_p - 2 Ohat . o_p + rho_p norm(Ohat)^2.
+// Nothing was rounded away from pages that are exact: when all are, Delta and eta are 0 and so is the bound.
+
+#include "numbers.cuh"
+
+constexpr int PARTIAL_HEAD = 8;
+constexpr int MAX_SPLITS = 1024;
+constexpr int SUMMARY = 8;  // lse, bound, norm of the output, W_low, sqrt(S), splits' largest part, 0, 0
+constexpr float LN_2 = 0.6931471805599453f;
+
+// Rounding of S_p as computed, relative to the sum of its terms' sizes; and of what is summed in f32 over a context.
+constexpr float DISPERSION_ROUNDING = 4e-6f;
+constexpr float SUM_ROUNDING = 2e-5f;
+
+// Grid [heads], block of 128.
+//   partials: [heads, splits, 8 + width]   output: [heads, head_dim]   summaries: [heads, SUMMARY]
+extern "C" __global__ void __launch_bounds__(128)
+    attention_merge(const float *partials, float *output, float *summaries, uint32_t splits, uint32_t head_dim, uint32_t width) {
+    SHARED_ARRAY(float, factors, MAX_SPLITS);
+    SHARED_ARRAY(float, merged, 256);
+    SHARED_ARRAY(float, shared, 32);
+    SHARED_ARRAY(float, terms, MAX_SPLITS);
+    const uint32_t floats = PARTIAL_HEAD + width;
+    const float *parts = partials + (size_t)blockIdx.x * splits * floats;
+    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+
+    float maximum = -INFINITY;
+    for (uint32_t split = threadIdx.x; split < splits; split += blockDim.x) maximum = fmaxf(maximum, parts[split * floats]);
+    maximum = block_max(maximum, shared);
+    for (uint32_t split = threadIdx.x; split < splits; split += blockDim.x) {
+        float own = parts[split * floats];
+        factors[split] = own == -INFINITY ? 0.0f : exp2f(own - maximum);
+    }
+    __syncthreads();
+
+    // The scalars, each thread for itself and in one order; then the output, a thread per channel.
+    float mass = 0, norm_squares = 0, mass_low = 0, value_term = 0;
+    for (uint32_t split = 0; split < splits; split++) {
+        float factor = factors[split];
+        mass = fmaf(factor, parts[split * floats + 1], mass);
+        norm_squares = fmaf(factor, parts[split * floats + 2], norm_squares);
+        mass_low = fmaf(factor, parts[split * floats + 3], mass_low);
+        value_term = fmaf(factor, parts[split * floats + 4], value_term);
+    }
+    float inverse = mass > 0 ? 1.0f / mass : 0.0f, squares = 0;
+    for (uint32_t c = threadIdx.x; c < width; c += blockDim.x) {
+        float sum = 0;
+        for (uint32_t split = 0; split < splits; split++) sum = fmaf(factors[split], parts[split * floats + PARTIAL_HEAD + c], sum);
+        float value = c < head_dim ? sum * inverse : 0.0f;
+        merged[c] = value;
+        squares = fmaf(value, value, squares);
+        if (c < head_dim) output[(size_t)blockIdx.x * head_dim + c] = value;
+    }
+    squares = block_sum(squares, shared);
+    float norm = sqrtf(squares);
+
+    for (uint32_t split = warp; split < splits; split += blockDim.x / 32) {
+        const float *part = parts + split * floats;
+        float product = 0, sizes = 0;
+        for (uint32_t c = lane; c < head_dim; c += 32) {
+            float term = merged[c] * part[PARTIAL_HEAD + c];
+            product += term;
+            sizes += fabsf(term);
+        }
+        product = warp_sum(product);
+        sizes = warp_sum(sizes);
+        float total = part[2] + part[1] * squares;
+        float dispersion = fmaxf(total - 2 * product, 0.0f) + DISPERSION_ROUNDING * (total + 2 * sizes);
+        if (lane == 0) terms[split] = factors[split] * sqrtf(part[5] * dispersion);
+    }
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    float key_term = 0;
+    for (uint32_t split = 0; split < splits; split++) key_term += terms[split];
+    float bound = mass_low > 0 ? (value_term + key_term) / mass_low * (1.0f + 1e-4f) : 0.0f;
+    // Both this output and the exact one it is compared with were summed in f32.
+    if (bound > 0) bound += SUM_ROUNDING * sqrtf(norm_squares * inverse);
+    float *summary = summaries + (size_t)blockIdx.x * SUMMARY;
+    summary[0] = mass > 0 ? (maximum + log2f(mass)) * LN_2 : -INFINITY;
+    summary[1] = bound;
+    summary[2] = norm;
+    summary[3] = mass_low * inverse;
+    summary[4] = sqrtf(fmaxf(norm_squares * inverse - squares, 0.0f));
+    summary[5] = value_term;
+    summary[6] = key_term;
+    summary[7] = 0;
+}
+KERNEL(attention_merge);
