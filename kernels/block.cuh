@@ -1,4 +1,4 @@
-// Sums and maxima over a warp or a block, in a fixed order.
+// Sums and maxima over a warp or a block, in a fixed order; where results of stacked matrices go.
 #pragma once
 
 #include "common.cuh"
@@ -29,3 +29,13 @@ __device__ __forceinline__ unsigned block_largest(unsigned value, const Shared<u
     for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) largest = max(largest, static_cast<unsigned>(partial[warp]));
     return largest;
 }
+
+// The results of one row of activations with up to three matrices, one below the other, each in an array of its own.
+struct Stacked {
+    float *first, *second, *third;
+    unsigned first_end, second_end;
+
+    __device__ __forceinline__ float &operator[](unsigned output) const {
+        return output < first_end ? first[output] : output < second_end ? second[output - first_end] : third[output - second_end];
+    }
+};

@@ -98,11 +98,13 @@ extern "C" __global__ void half_rows_f32(const float *__restrict__ x, __half *__
 }
 KERNEL(half_rows_f32);
 
-// One row. Block: 32 * warps; grid: outputs / (4 * warps), rounded up.
-extern "C" __global__ void dense_row_f16(const __half *__restrict__ weights, const float *__restrict__ x, float *__restrict__ y, unsigned outputs,
-                                         unsigned inputs, unsigned stride) {
-    const unsigned lane = threadIdx.x % 32, first = (blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32) * row_outputs;
-    if (first >= outputs) return;
+// One row; outputs below first_end go to `first`, those below second_end to `second`, the others to `third`.
+// Block: 32 * warps; grid: outputs / (4 * warps), rounded up.
+extern "C" __global__ void dense_row_f16(const __half *__restrict__ weights, const float *__restrict__ x, float *first, float *second, float *third,
+                                         unsigned first_end, unsigned second_end, unsigned outputs, unsigned inputs, unsigned stride) {
+    const Stacked y = {first, second, third, first_end, second_end};
+    const unsigned lane = threadIdx.x % 32, output = (blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32) * row_outputs;
+    if (output >= outputs) return;
     float sums[row_outputs] = {};
     for (unsigned start = lane_weights * lane; start < inputs; start += row_loads * warp_weights) {
         uint4 loaded[row_loads][row_outputs];
@@ -111,7 +113,7 @@ extern "C" __global__ void dense_row_f16(const __half *__restrict__ weights, con
             const unsigned at = start + step * warp_weights;
 #pragma unroll
             for (unsigned o = 0; o < row_outputs; ++o) {
-                const __half *row = weights + size_t(min(first + o, outputs - 1)) * stride;
+                const __half *row = weights + size_t(min(output + o, outputs - 1)) * stride;
                 loaded[step][o] = at < inputs ? load_16_streaming(row + at) : make_uint4(0, 0, 0, 0);
             }
         }
@@ -126,7 +128,7 @@ extern "C" __global__ void dense_row_f16(const __half *__restrict__ weights, con
 #pragma unroll
     for (unsigned o = 0; o < row_outputs; ++o) {
         const float sum = warp_total(sums[o]);
-        if (lane == 0 && first + o < outputs) y[first + o] = sum;
+        if (lane == 0 && output + o < outputs) y[output + o] = sum;
     }
 }
 KERNEL(dense_row_f16);

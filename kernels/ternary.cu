@@ -110,12 +110,14 @@ extern "C" __global__ void quantize_rows_i8(const float *__restrict__ x, signed 
 }
 KERNEL(quantize_rows_i8);
 
-// One row. Block: 32 * warps; grid: outputs / (4 * warps), rounded up.
+// One row; outputs below first_end go to `first`, those below second_end to `second`, the others to `third`.
+// Block: 32 * warps; grid: outputs / (4 * warps), rounded up.
 extern "C" __global__ void ternary_row_i8(const uint4 *__restrict__ weights, const float *__restrict__ alphas, const signed char *__restrict__ codes,
-                                          const float *__restrict__ gammas, const int *__restrict__ sums, float *__restrict__ y, unsigned outputs,
-                                          unsigned pieces) {
-    const unsigned lane = threadIdx.x % 32, first = (blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32) * row_outputs;
-    if (first >= outputs) return;
+                                          const float *__restrict__ gammas, const int *__restrict__ sums, float *first, float *second, float *third,
+                                          unsigned first_end, unsigned second_end, unsigned outputs, unsigned pieces) {
+    const Stacked y = {first, second, third, first_end, second_end};
+    const unsigned lane = threadIdx.x % 32, output = (blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32) * row_outputs;
+    if (output >= outputs) return;
     int plain[row_outputs] = {}, fourfold[row_outputs] = {};
     for (unsigned start = lane; start < pieces; start += 32 * row_loads) {
         uint4 loaded[row_loads][row_outputs];
@@ -124,7 +126,7 @@ extern "C" __global__ void ternary_row_i8(const uint4 *__restrict__ weights, con
             const unsigned piece = start + 32 * step;
 #pragma unroll
             for (unsigned o = 0; o < row_outputs; ++o) {
-                const uint4 *row = weights + size_t(min(first + o, outputs - 1)) * pieces;
+                const uint4 *row = weights + size_t(min(output + o, outputs - 1)) * pieces;
                 loaded[step][o] = piece < pieces ? load_16_streaming(row + piece) : make_uint4(0, 0, 0, 0);
             }
         }
@@ -148,7 +150,7 @@ extern "C" __global__ void ternary_row_i8(const uint4 *__restrict__ weights, con
     for (unsigned o = 0; o < row_outputs; ++o) {
         // What stands for zero is stored as one.
         const int dot = warp_total(plain[o] + fourfold[o] / 4) - sums[0];
-        if (lane == 0 && first + o < outputs) y[first + o] = static_cast<float>(dot) * __fmul_rn(gammas[0] / 127.0f, alphas[first + o]);
+        if (lane == 0 && output + o < outputs) y[output + o] = static_cast<float>(dot) * __fmul_rn(gammas[0] / 127.0f, alphas[output + o]);
     }
 }
 KERNEL(ternary_row_i8);

@@ -5,6 +5,7 @@
 
 use super::check::{Agreement, noise};
 use super::device::defect;
+use super::stacked::Stacked;
 use super::{Buffer, Device, fits};
 use crate::arguments;
 use crate::error::Result;
@@ -69,17 +70,19 @@ impl<D: Device> HalfMatrix<D> {
         &self.values
     }
 
-    /// y = x W^T for the first row of `x`.
+    /// y = x W^T for the first row of `x`, the outputs in order dealt to one, two or three buffers, each as many as stand beside it.
     ///
     /// # Errors
-    /// When a buffer is too small, or the launch fails.
-    pub fn multiply_row(&self, device: &D, x: &Buffer<D, f32>, y: &Buffer<D, f32>) -> Result<()> {
-        if x.len() < self.inputs || y.len() < self.outputs {
-            return Err(defect(format!("buffers of a product with {} x {} weights", self.outputs, self.inputs)));
+    /// When a buffer is too small, the counts do not make up the outputs, or the launch fails.
+    pub fn multiply_row(&self, device: &D, x: &Buffer<D, f32>, y: &[(usize, &Buffer<D, f32>)]) -> Result<()> {
+        if x.len() < self.inputs {
+            return Err(defect(format!("a row of {} for a product with {} x {} weights", x.len(), self.outputs, self.inputs)));
         }
+        let y = Stacked::new(y, self.outputs)?;
         let (outputs, inputs, stride) = (fits(self.outputs, "outputs")?, fits(self.inputs, "inputs")?, fits(self.stride, "inputs")?);
         let grid = [outputs.div_ceil(ROW_WARPS * ROW_OUTPUTS), 1, 1];
-        device.launch("dense_row_f16", grid, [32 * ROW_WARPS, 1, 1], 0, arguments![&self.values, x, y, outputs, inputs, stride])
+        let args = arguments![&self.values, x, y.first, y.second, y.third, y.first_end, y.second_end, outputs, inputs, stride];
+        device.launch("dense_row_f16", grid, [32 * ROW_WARPS, 1, 1], 0, args)
     }
 
     /// y = x W^T for `rows` rows and the outputs in `range`; `y` becomes `[rows, range]`.
@@ -145,8 +148,11 @@ pub fn agreements<D: Device>(device: &D) -> Result<Vec<Agreement>> {
         let expected = product(&x, &values, outputs, inputs);
         let (matrix, device_x) = (HalfMatrix::new(device, outputs, inputs, &values)?, device.upload(&x)?);
         let y = device.alloc(rows * outputs)?;
-        matrix.multiply_row(device, &device_x, &y)?;
-        one.add(&device.download(&y)?[..outputs], &expected[..outputs]);
+        let cuts = [outputs / 4, outputs / 3, outputs - outputs / 4 - outputs / 3];
+        let parts = [device.alloc(cuts[0])?, device.alloc(cuts[1])?, device.alloc(cuts[2])?];
+        matrix.multiply_row(device, &device_x, &[(cuts[0], &parts[0]), (cuts[1], &parts[1]), (cuts[2], &parts[2])])?;
+        let found = parts.iter().map(|part| device.download(part)).collect::<Result<Vec<_>>>()?;
+        one.add(&found.concat(), &expected[..outputs]);
         let mut rounded = HalfRows::new(device, rows, inputs)?;
         rounded.round(device, &device_x, rows, inputs)?;
         let first = outputs / 3;
@@ -199,8 +205,9 @@ mod tests {
         assert!(HalfMatrix::new(&device, 2, 3, &[f16::ONE; 5]).is_err());
         let matrix = HalfMatrix::new(&device, 2, 3, &[f16::ONE; 6]).unwrap();
         let (x, y) = (device.zeros::<f32>(6).unwrap(), device.zeros::<f32>(3).unwrap());
-        assert!(matrix.multiply_row(&device, &y, &y).is_ok());
-        assert!(matrix.multiply_row(&device, &y, &device.zeros::<f32>(1).unwrap()).is_err());
+        assert!(matrix.multiply_row(&device, &y, &[(2, &x)]).is_ok());
+        assert!(matrix.multiply_row(&device, &y, &[(1, &x)]).is_err());
+        assert!(matrix.multiply_row(&device, &y, &[(1, &x), (1, &device.zeros::<f32>(0).unwrap())]).is_err());
         let mut rounded = HalfRows::new(&device, 2, 3).unwrap();
         assert!(rounded.round(&device, &x, 3, 2).is_err());
         rounded.round(&device, &x, 2, 3).unwrap();

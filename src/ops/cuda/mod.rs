@@ -20,6 +20,7 @@ mod gpu;
 pub(crate) mod emulated;
 pub mod norm;
 pub mod rope;
+mod stacked;
 pub mod ternary;
 
 pub use crate::arguments;

@@ -5,6 +5,7 @@
 
 use super::check::{Agreement, noise};
 use super::device::defect;
+use super::stacked::Stacked;
 use super::{Buffer, Device, fits};
 use crate::arguments;
 use crate::error::Result;
@@ -65,15 +66,29 @@ impl<D: Device> TernaryMatrix<D> {
         self.inputs
     }
 
-    /// y for the first row of `x`.
+    /// y for the first row of `x`, the outputs in order dealt to one, two or three buffers, each as many as stand beside it.
     ///
     /// # Errors
     /// When a buffer is too small, the codes are of another width, or the launch fails.
-    pub fn multiply_row(&self, device: &D, x: &CodeRows<D>, y: &Buffer<D, f32>) -> Result<()> {
-        self.check(x, 1, &(0..self.outputs), y)?;
+    pub fn multiply_row(&self, device: &D, x: &CodeRows<D>, y: &[(usize, &Buffer<D, f32>)]) -> Result<()> {
+        self.check(x, 1)?;
+        let y = Stacked::new(y, self.outputs)?;
         let (outputs, pieces) = (fits(self.outputs, "outputs")?, fits(self.pieces, "inputs")?);
         let grid = [outputs.div_ceil(ROW_WARPS * ROW_OUTPUTS), 1, 1];
-        let args = arguments![&self.codes, &self.alphas, &x.codes, &x.gammas, &x.sums, y, outputs, pieces];
+        let args = arguments![
+            &self.codes,
+            &self.alphas,
+            &x.codes,
+            &x.gammas,
+            &x.sums,
+            y.first,
+            y.second,
+            y.third,
+            y.first_end,
+            y.second_end,
+            outputs,
+            pieces
+        ];
         device.launch("ternary_row_i8", grid, [32 * ROW_WARPS, 1, 1], 0, args)
     }
 
@@ -82,7 +97,10 @@ impl<D: Device> TernaryMatrix<D> {
     /// # Errors
     /// As [`TernaryMatrix::multiply_row`].
     pub fn multiply_rows(&self, device: &D, x: &CodeRows<D>, rows: usize, range: Range<usize>, y: &Buffer<D, f32>) -> Result<()> {
-        self.check(x, rows, &range, y)?;
+        self.check(x, rows)?;
+        if range.end > self.outputs || y.len() < rows * range.len() {
+            return Err(defect(format!("{rows} rows of outputs {range:?} of {}", self.outputs)));
+        }
         let (rows, outputs, pieces) = (fits(rows, "rows")?, fits(range.len(), "outputs")?, fits(self.pieces, "inputs")?);
         let grid = [outputs.div_ceil(TILE), rows.div_ceil(TILE), 1];
         let (codes, alphas) = (self.codes.at(range.start * self.pieces * PIECE_BYTES), self.alphas.at(range.start));
@@ -90,8 +108,8 @@ impl<D: Device> TernaryMatrix<D> {
         device.launch("ternary_rows_i8", grid, [BLOCK, 1, 1], 0, args)
     }
 
-    fn check(&self, x: &CodeRows<D>, rows: usize, range: &Range<usize>, y: &Buffer<D, f32>) -> Result<()> {
-        if x.width != self.inputs || x.rows < rows || range.end > self.outputs || y.len() < rows * range.len() {
+    fn check(&self, x: &CodeRows<D>, rows: usize) -> Result<()> {
+        if x.width != self.inputs || x.rows < rows {
             return Err(defect(format!("{rows} rows of a product with {} x {} ternary weights", self.outputs, self.inputs)));
         }
         Ok(())
@@ -164,8 +182,9 @@ pub fn agreements<D: Device>(device: &D) -> Result<Vec<Agreement>> {
             y
         });
         let y = device.alloc(rows * matrix.outputs())?;
-        matrix.multiply_row(device, &quantized, &y)?;
-        all[1].add(&device.download(&y)?[..matrix.outputs()], &[&first[..outputs[0]], &second[..outputs[1]]].concat());
+        let single = [device.alloc(outputs[0])?, device.alloc(outputs[1])?];
+        matrix.multiply_row(device, &quantized, &[(outputs[0], &single[0]), (outputs[1], &single[1])])?;
+        all[1].add(&[device.download(&single[0])?, device.download(&single[1])?].concat(), &[&first[..outputs[0]], &second[..outputs[1]]].concat());
         for (range, expected) in [(0..outputs[0], first), (outputs[0]..matrix.outputs(), second)] {
             matrix.multiply_rows(device, &quantized, rows, range, &y)?;
             all[2].add(&device.download(&y)?[..expected.len()], &expected);
@@ -197,7 +216,7 @@ mod tests {
             codes.quantize(&device, &device.upload(&vec![sign; inputs]).unwrap(), 1, inputs).unwrap();
             let y = device.alloc(1).unwrap();
             let expected = 127.0 * inputs as f32 * f32::from(code) * sign * (1.0 / 127.0);
-            matrix.multiply_row(&device, &codes, &y).unwrap();
+            matrix.multiply_row(&device, &codes, &[(1, &y)]).unwrap();
             assert_eq!(device.download(&y).unwrap(), [expected]);
             matrix.multiply_rows(&device, &codes, 1, 0..1, &y).unwrap();
             assert_eq!(device.download(&y).unwrap(), [expected]);
