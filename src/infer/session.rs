@@ -1,7 +1,7 @@
 //! One sequence on an engine: its cache, and the three ways on: many tokens, one token, back.
 
-use super::engine::{Engine, Work};
 use super::cache::{Counters, Options};
+use super::engine::{Engine, Work};
 use super::kv::{self, Store};
 use crate::error::{Error, Result};
 use crate::ops::cpu::rope::RotaryTable;

@@ -133,7 +133,7 @@ impl Totals {
             artifact_bytes: size.artifact_bytes,
             speed: bench::measure(artifact, options.cache, 1)?,
             kv: options.cache.name().to_owned(),
-            kv_bytes_per_token: spec.layers * options.cache.bytes_per_token(spec.kv_heads, spec.head_dim),
+            kv_bytes_per_token: (spec.layers as f64 * options.cache.bytes_per_token(spec.kv_heads, spec.head_dim)?).ceil() as usize,
             recall: None,
             reference_recall: None,
             skills: vec![],

@@ -128,7 +128,8 @@ impl FromStr for Attention {
 
 fn number(text: &str, digits: &str) -> Result<usize> {
     let positive = digits.parse().ok().filter(|number| *number > 0);
-    positive.ok_or_else(|| Error::input("attention", format!("{text:?} does not end in a positive whole number")).fix("such as window=1024"))
+    positive
+        .ok_or_else(|| Error::input("attention", format!("{text:?} does not end in a positive whole number")).fix("such as window=1024"))
 }
 
 /// The `count` largest of `scores` that are not in `chosen` yet, added to it; the first wins among equals, NaN never.

@@ -108,8 +108,7 @@ fn read_pages(view: &View<'_>, kv_head: usize, line: &Line<'_>, shares: &Shares,
         let before = std::mem::replace(&mut reached, unit * f64::from(share.reached));
         let dispersion = (energy - 2.0 * (reached - before) + mass * norm * norm).max(0.0);
         let (exact_keys, exact_values) = (view.has_exact_keys(share.tile), view.has_exact_values(share.tile));
-        let error =
-            if exact_keys && exact_values { PageError::default() } else { view.pages.page_error(kv_head, share.tile, line.query) };
+        let error = if exact_keys && exact_values { PageError::default() } else { view.pages.page_error(kv_head, share.tile, line.query) };
         let score_error = if exact_keys { 0.0 } else { score_error(&error, query_norm, line.query.len()) };
         let squares = unit * unit * f64::from(share.squares);
         Read {
@@ -151,7 +150,8 @@ fn unread_pages(view: &View<'_>, kv_head: usize, line: &Line<'_>, shares: &Share
         let error = view.pages.page_error(kv_head, page, line.query);
         // A corner of the box is at most sqrt(d) times as long as its longest key.
         let corner = f64::from(error.key_norm) * (head_dim as f64).sqrt();
-        let score = f64::from(bound[0]) + rounding(query_norm, corner, head_dim) + 2.0 * rounding(query_norm, f64::from(error.key_norm), head_dim);
+        let score =
+            f64::from(bound[0]) + rounding(query_norm, corner, head_dim) + 2.0 * rounding(query_norm, f64::from(error.key_norm), head_dim);
         // Beyond e^600 nothing is gained by telling pages apart.
         let mass = TILE as f64 * (score - f64::from(shares.maximum)).min(600.0).exp();
         (page, Unread { mass, radius: f64::from(error.original_norm) })

@@ -9,7 +9,6 @@ mod pages;
 mod recovery;
 mod tiered;
 
-use super::attention::Policy as _;
 use super::cache::{Counters, Options};
 use crate::error::{Error, Result};
 use crate::ops::cpu::attention::{KeyValueTiles, TILE, TiledKeyValues, attend_cached, key_tile_len, padded};

@@ -126,7 +126,8 @@ impl Pages {
     /// Codes the first page that is not, and notes what is worth knowing of it.
     fn finish_page(&mut self, kv_head: usize) {
         let [keys, values] = self.far.rows(kv_head, self.full);
-        let mut facts = Facts { checksum: 0, key_norm: largest_norm(&keys, self.head_dim), value_norm: largest_norm(&values, self.head_dim) };
+        let mut facts =
+            Facts { checksum: 0, key_norm: largest_norm(&keys, self.head_dim), value_norm: largest_norm(&values, self.head_dim) };
         if let Some(codec) = &self.codec {
             facts.checksum = self.far.checksum(kv_head, self.full);
             let start = self.near.len();
@@ -209,6 +210,14 @@ impl Pages {
             }
             _ => norms.copy_from_slice(&self.squared_norms[(page * self.kv_heads + kv_head) * TILE..][..TILE]),
         }
+    }
+}
+
+#[cfg(test)]
+impl Pages {
+    /// Changes what is remembered of every page's originals.
+    pub(super) fn damage_originals(&mut self) {
+        self.facts.iter_mut().for_each(|facts| facts.checksum ^= 1);
     }
 }
 

@@ -105,8 +105,7 @@ fn recover(group: &Group<'_>, mut short: Vec<Short>, finals: &mut [Assessment], 
         let norms = |tile: usize, norms: &mut [f32; TILE]| {
             group.pages.squared_norms(group.kv_head, tile, view.has_exact_values(tile), norms);
         };
-        let lines: Vec<Line<'_>> =
-            short.iter().map(|short| Line { tiles: tiles.as_ref(), ..group.lines[short.line] }).collect();
+        let lines: Vec<Line<'_>> = short.iter().map(|short| Line { tiles: tiles.as_ref(), ..group.lines[short.line] }).collect();
         let mut again = vec![0.0; lines.len() * head_dim];
         let shares = attend_lines(head_dim, group.scale, &lines, &view, group.kv_head, Some(&norms), &mut again);
         let mut still = vec![];
@@ -126,6 +125,8 @@ fn recover(group: &Group<'_>, mut short: Vec<Short>, finals: &mut [Assessment], 
         }
     }
     if !short.is_empty() {
+        let every = Promoted { keys: TileSet::below(group.own), values: TileSet::below(group.own) };
+        verify(group, &every, &promoted)?;
         for Short { line, .. } in &short {
             let lines = [Line { tiles: None, ..group.lines[*line] }];
             let out = &mut out[line * head_dim..][..head_dim];
@@ -133,10 +134,11 @@ fn recover(group: &Group<'_>, mut short: Vec<Short>, finals: &mut [Assessment], 
             finals[*line] = Assessment::exact(out);
         }
         counters.dense += short.len() as u64;
-        promoted = Promoted { keys: TileSet::below(group.own), values: TileSet::below(group.own) };
+        promoted = every;
     }
     counters.bytes_moved += ((promoted.keys.len() + promoted.values.len()) * group.pages.half_page_bytes()) as u64;
-    counters.pages_promoted += (0..group.own).filter(|page| promoted.keys.contains(*page) || promoted.values.contains(*page)).count() as u64;
+    counters.pages_promoted +=
+        (0..group.own).filter(|page| promoted.keys.contains(*page) || promoted.values.contains(*page)).count() as u64;
     Ok(())
 }
 

@@ -6,7 +6,7 @@ use super::pages::{Kept, Pages, View};
 use super::recovery::{Group, certify};
 use super::{Queries, Store};
 use crate::error::Result;
-use crate::infer::attention::{Attention, GroupQuery, Policy};
+use crate::infer::attention::{Attention, GroupQuery};
 use crate::infer::cache::{Counters, Options};
 use crate::ops::cpu::attention::{Line, TILE, TileSet, attend_lines};
 use rayon::prelude::*;
@@ -81,7 +81,14 @@ impl TieredStore {
         };
         let shares = attend_lines(head_dim, queries.scale(), &lines, &view, task.kv_head, Some(&norms), &mut out);
         for ((lines, shares), out) in lines.chunks(group).zip(shares.chunks(group)).zip(out.chunks_mut(width)) {
-            let group = Group { pages: &self.pages, options: &self.options, kv_head: task.kv_head, own: task.own_page, scale: queries.scale(), lines };
+            let group = Group {
+                pages: &self.pages,
+                options: &self.options,
+                kv_head: task.kv_head,
+                own: task.own_page,
+                scale: queries.scale(),
+                lines,
+            };
             certify(&group, shares, out, &mut counters)?;
         }
         Ok((out, counters))

@@ -1,6 +1,6 @@
 use super::*;
-use crate::infer::kv::Format;
 use crate::export::Target;
+use crate::infer::kv::Format;
 use crate::infer::testing::{Artifact, dense, ids, ternary, training_logits, weights};
 use crate::model::{Norm, Spec};
 use crate::ops::cpu::isa::testing::on_every_isa;

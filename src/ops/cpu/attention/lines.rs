@@ -245,9 +245,8 @@ mod tests {
     fn masked(cache: &TiledKeyValues, query: &[f32], scale: f32, position: usize, tiles: &TileSet) -> Vec<f64> {
         let seen: Vec<usize> = (0..=position).filter(|position| tiles.contains(position / TILE)).collect();
         let key = |position: usize, i: usize| f64::from(cache.keys(0, position / TILE, &mut [])[i * TILE + position % TILE]);
-        let value = |position: usize, i: usize| {
-            f64::from(cache.values(0, position / TILE, &mut [])[position % TILE * padded(HEAD_DIM) + i])
-        };
+        let value =
+            |position: usize, i: usize| f64::from(cache.values(0, position / TILE, &mut [])[position % TILE * padded(HEAD_DIM) + i]);
         let score = |&t: &usize| (0..HEAD_DIM).map(|i| f64::from(query[i] * scale) * key(t, i)).sum::<f64>();
         let weights: Vec<f64> = seen.iter().map(|t| score(t).exp()).collect();
         let sum: f64 = weights.iter().sum();
