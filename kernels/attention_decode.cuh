@@ -598,3 +598,13 @@ template <int W, class Near> static __device__ void decode_attention(const Decod
     cp_async_wait<0>();
     merge_warps<W>(arguments, walk, state, (buffers + S::WARPS_OFFSET).template as<float>(), kv_head);
 }
+
+// A kernel of this kind; the line after it registers it.
+#define DECODE(name, width, near)                                                                                                           \
+    extern "C" __global__ void __launch_bounds__(32 * DECODE_WARPS)                                                                         \
+        name(const float *queries, const uint8_t *exact_pages, const uint8_t *near_pages, const uint32_t *lists,                             \
+             const uint32_t *list_lengths, float *partials, float *page_facts, uint32_t last_tokens, uint32_t list_stride, uint32_t group,   \
+             uint32_t head_dim) {                                                                                                            \
+        decode_attention<width, near>({queries, exact_pages, near_pages, lists, list_lengths, partials, page_facts, last_tokens,             \
+                                       list_stride, group, head_dim});                                                                       \
+    }

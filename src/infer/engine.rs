@@ -12,7 +12,7 @@ use crate::ops::cpu::norm::rms_norm_forward;
 use crate::ops::cpu::rope::RotaryTable;
 use std::collections::BTreeMap;
 
-const EMBEDDING: &str = "model.embed_tokens.weight";
+pub(super) const EMBEDDING: &str = "model.embed_tokens.weight";
 
 /// A model ready to run.
 pub struct Engine {
@@ -41,7 +41,7 @@ pub struct Size {
 }
 
 impl Size {
-    fn of(parameters: &BTreeMap<String, Parameter>) -> Self {
+    pub(super) fn of(parameters: &BTreeMap<String, Parameter>) -> Self {
         // Embedding and head often stay in half precision, and rows that blocks do not divide in full; an artifact is called after the
         // smallest format among its blocks' matrices.
         let matrices = parameters.iter().filter(|(name, parameter)| name.contains(".layers.") && parameter.shape.len() == 2);
@@ -271,13 +271,13 @@ impl Work {
 }
 
 /// Stored parameters on their way into an engine.
-struct Weights<'a> {
-    parameters: &'a BTreeMap<String, Parameter>,
-    spec: &'a Spec,
+pub(super) struct Weights<'a> {
+    pub(super) parameters: &'a BTreeMap<String, Parameter>,
+    pub(super) spec: &'a Spec,
 }
 
 impl Weights<'_> {
-    fn check(&self) -> Result<()> {
+    pub(super) fn check(&self) -> Result<()> {
         for (name, shape) in self.spec.parameters() {
             let found = &self.get(&name)?.shape;
             if *found != shape {
@@ -287,11 +287,11 @@ impl Weights<'_> {
         Ok(())
     }
 
-    fn get(&self, name: &str) -> Result<&Parameter> {
+    pub(super) fn get(&self, name: &str) -> Result<&Parameter> {
         self.parameters.get(name).ok_or_else(|| Error::input(name, "is missing from the model"))
     }
 
-    fn gain(&self, name: &str) -> Result<Vec<f32>> {
+    pub(super) fn gain(&self, name: &str) -> Result<Vec<f32>> {
         self.get(name)?.to_vec()
     }
 

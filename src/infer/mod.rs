@@ -5,6 +5,7 @@
 pub mod attention;
 pub mod bench;
 pub mod cache;
+pub mod cuda;
 mod dense;
 mod engine;
 pub mod generate;

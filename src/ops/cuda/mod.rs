@@ -4,10 +4,13 @@
 //! In tests, `Emulated` compiles the same `kernels/*.cu` with the system's C++ compiler and runs them on the CPU, checked for races,
 //! divergent barriers and accesses out of bounds. How kernels are written is told in `kernels/README.md`.
 
+pub mod attention;
 pub mod check;
 pub mod dense;
 mod device;
 pub mod embedding;
+#[cfg(test)]
+pub(crate) mod emulated;
 pub mod gated;
 #[cfg(not(feature = "cuda"))]
 #[path = "disabled.rs"]
@@ -15,9 +18,6 @@ mod gpu;
 #[cfg(feature = "cuda")]
 #[path = "enabled.rs"]
 mod gpu;
-
-#[cfg(test)]
-pub(crate) mod emulated;
 pub mod norm;
 pub mod rope;
 mod stacked;
