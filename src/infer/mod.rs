@@ -5,13 +5,15 @@
 pub mod attention;
 pub mod bench;
 pub mod cache;
-pub mod cuda;
+mod cuda;
+mod decoder;
 mod dense;
 mod engine;
 pub mod generate;
 pub mod kv;
 mod linear;
 mod load;
+mod model;
 pub mod sampler;
 mod session;
 #[cfg(test)]

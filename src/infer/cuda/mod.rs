@@ -5,12 +5,11 @@
 
 mod attend;
 mod cache;
-mod engine;
 mod linear;
+mod model;
 mod recovery;
-mod session;
+mod sequence;
 #[cfg(test)]
 mod tests;
 
-pub use engine::CudaEngine;
-pub use session::CudaSession;
+pub(super) use model::CudaModel;

@@ -1,11 +1,13 @@
-//! The decoder over weights on a device: the steps of the CPU engine in the same order.
+//! The decoder over weights on a device: the steps of the CPU's in the same order.
 
 use super::attend::Attention;
 use super::linear::{Rounded, Stack, half_matrix};
-use crate::data::tokenizer::Tokenizer;
+use super::sequence::CudaSequence;
 use crate::error::{Error, Result};
 use crate::export::parameter::Parameter;
-use crate::infer::engine::{EMBEDDING, Size, Weights};
+use crate::infer::cache::Options;
+use crate::infer::decoder::{EMBEDDING, Weights};
+use crate::infer::model::{Model, Sequence};
 use crate::model::{Activation, LinearKind, Spec};
 use crate::ops::cpu::gated::Activation as Gate;
 use crate::ops::cuda::dense::HalfMatrix;
@@ -20,11 +22,9 @@ use std::collections::BTreeMap;
 const LOGIT_ROWS: usize = 64;
 
 /// A model on a device, ready to run.
-pub struct CudaEngine<D: Device> {
+pub(in crate::infer) struct CudaModel<D: Device> {
     pub(super) device: D,
-    spec: Spec,
-    tokenizer: Option<Tokenizer>,
-    size: Size,
+    pub(super) spec: Spec,
     embedding: HalfMatrix<D>,
     embedding_projection: Option<Stack<D>>,
     layers: Vec<Layer<D>>,
@@ -47,14 +47,14 @@ struct Layer<D: Device> {
     down: Stack<D>,
 }
 
-impl<D: Device> CudaEngine<D> {
+impl<D: Device> CudaModel<D> {
     /// Copies stored parameters to the device: exactly those of `spec`, matrices row-major with rows in Hugging Face's order.
     ///
     /// # Errors
     /// When one is missing or has another shape, half precision cannot hold a weight, the kernels cannot hold a head, or there is no room.
-    pub fn new(device: D, spec: Spec, parameters: &BTreeMap<String, Parameter>, tokenizer: Option<Tokenizer>) -> Result<Self> {
-        check_heads(&spec)?;
-        let weights = Weights { parameters, spec: &spec };
+    pub(in crate::infer) fn new(device: D, spec: &Spec, parameters: &BTreeMap<String, Parameter>) -> Result<Self> {
+        check_heads(spec)?;
+        let weights = Weights { parameters, spec };
         weights.check()?;
         let loading = Loading { device: &device, weights: &weights };
         let layers = (0..spec.layers).map(|layer| loading.layer(layer)).collect::<Result<Vec<_>>>()?;
@@ -68,39 +68,10 @@ impl<D: Device> CudaEngine<D> {
             norm: loading.gain("model.norm.weight")?,
             head_projection,
             head: (!spec.tied).then(|| matrix("lm_head.weight")).transpose()?,
-            size: Size::of(parameters),
             layers,
-            tokenizer,
-            spec,
+            spec: spec.clone(),
             device,
         })
-    }
-
-    /// Its shape.
-    pub fn spec(&self) -> &Spec {
-        &self.spec
-    }
-
-    /// The tokenizer that came with the weights.
-    ///
-    /// # Errors
-    /// When none came.
-    pub fn tokenizer(&self) -> Result<&Tokenizer> {
-        self.tokenizer.as_ref().ok_or_else(|| {
-            Error::input("model", "has no tokenizer").fix("put tokenizer.json beside the weights, or export with a tokenizer")
-        })
-    }
-
-    /// What its weights take on disk.
-    pub fn size(&self) -> &Size {
-        &self.size
-    }
-
-    /// Says what the artifact takes on disk, where that is more than its weights.
-    #[must_use]
-    pub fn with_artifact_bytes(mut self, bytes: u64) -> Self {
-        self.size.artifact_bytes = bytes;
-        self
     }
 
     fn head(&self) -> &HalfMatrix<D> {
@@ -109,27 +80,6 @@ impl<D: Device> CudaEngine<D> {
 
     fn epsilon(&self) -> f32 {
         self.spec.norm_eps as f32
-    }
-
-    /// Logits of rows of hidden states (`[rows, dim]`), `[rows, vocab]`.
-    ///
-    /// # Errors
-    /// When the device fails.
-    pub fn logits(&self, hidden: &[f32]) -> Result<Vec<f32>> {
-        let (dim, vocab) = (self.spec.dim, self.spec.vocab);
-        let most = LOGIT_ROWS.min(hidden.len() / dim);
-        let (x, y) = (self.device.alloc(most * dim)?, self.device.alloc(most * vocab)?);
-        let mut rounded = Rounded::new(&self.device, most, dim)?;
-        let mut logits = Vec::with_capacity(hidden.len() / dim * vocab);
-        for hidden in hidden.chunks(LOGIT_ROWS * dim) {
-            let rows = hidden.len() / dim;
-            self.device.write(&x, 0, hidden)?;
-            self.head_rows(&x, rows, &mut rounded, &y)?;
-            let first = logits.len();
-            logits.resize(first + rows * vocab, 0.0);
-            self.device.read(&y, 0, &mut logits[first..])?;
-        }
-        Ok(logits)
     }
 
     fn head_rows(&self, x: &Buffer<D, f32>, rows: usize, rounded: &mut Rounded<D>, y: &Buffer<D, f32>) -> Result<()> {
@@ -181,6 +131,29 @@ impl<D: Device> CudaEngine<D> {
     }
 }
 
+impl<D: Device> Model for CudaModel<D> {
+    fn logits(&self, hidden: &[f32]) -> Result<Vec<f32>> {
+        let (dim, vocab) = (self.spec.dim, self.spec.vocab);
+        let most = LOGIT_ROWS.min(hidden.len() / dim);
+        let (x, y) = (self.device.alloc(most * dim)?, self.device.alloc(most * vocab)?);
+        let mut rounded = Rounded::new(&self.device, most, dim)?;
+        let mut logits = Vec::with_capacity(hidden.len() / dim * vocab);
+        for hidden in hidden.chunks(LOGIT_ROWS * dim) {
+            let rows = hidden.len() / dim;
+            self.device.write(&x, 0, hidden)?;
+            self.head_rows(&x, rows, &mut rounded, &y)?;
+            let first = logits.len();
+            logits.resize(first + rows * vocab, 0.0);
+            self.device.read(&y, 0, &mut logits[first..])?;
+        }
+        Ok(logits)
+    }
+
+    fn sequence<'m>(&'m self, options: &Options, capacity: usize) -> Result<Box<dyn Sequence + 'm>> {
+        Ok(Box::new(CudaSequence::new(self, options, capacity)?))
+    }
+}
+
 fn check_heads(spec: &Spec) -> Result<()> {
     if spec.head_dim > WIDEST_HEAD || !spec.head_dim.is_multiple_of(2) {
         let cause = format!("the CUDA kernels take heads of an even width up to {WIDEST_HEAD}; this model's are {} wide", spec.head_dim);
@@ -191,7 +164,7 @@ fn check_heads(spec: &Spec) -> Result<()> {
 
 /// One pass through the blocks.
 struct Pass<'a, D: Device> {
-    engine: &'a CudaEngine<D>,
+    engine: &'a CudaModel<D>,
     first: usize,
     rows: usize,
     table: &'a DeviceTable<D>,
