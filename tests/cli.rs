@@ -209,7 +209,7 @@ fn mistakes_in_evaluation_are_refused() {
     sandbox.write("empty.txt", " \n\t");
     sandbox.write("latin.txt", b"caf\xe9");
     sandbox.write("broken.jsonl", "{\"text\":");
-    let cases: [(&[&str], &[&str]); 11] = [
+    let cases: [(&[&str], &[&str]); 18] = [
         (&["--text", "absent.txt"], &["absent.txt"]),
         (&["--text", "empty.txt"], &["empty.txt"]),
         (&["--text", "latin.txt"], &["latin.txt:1", "UTF-8"]),
@@ -221,6 +221,13 @@ fn mistakes_in_evaluation_are_refused() {
         (&["--text", "text.txt", "--document-separator", ""], &["document-separator"]),
         (&["--text", "text.txt", "--max-documents", "0"], &["max-documents"]),
         (&["--text", "text.txt", "--document-separator", "Once"], &[]),
+        (&["--text", "text.txt", "--kv", "int3"], &["kv", "int3", "int8-int4"]),
+        (&["--text", "text.txt", "--attention", "sparse"], &["attention", "sparse", "top-k"]),
+        (&["--text", "text.txt", "--attention", "top-k=1.5"], &["attention", "top-k=1.5"]),
+        (&["--text", "text.txt", "--kv", "int8-int4", "--epsilon", "1.5"], &["epsilon", "1.5"]),
+        (&["--text", "text.txt", "--kv", "int8-int4", "--epsilon", "nan"], &["epsilon"]),
+        (&["--text", "text.txt", "--kv", "f32", "--epsilon", "0.05"], &["kv", "f32"]),
+        (&["--text", "text.txt", "--certificate", "soft"], &["certificate", "soft", "metered"]),
     ];
     for (options, words) in cases {
         for command in [&["eval", "model.gguf"][..], &["validate", "model.gguf", "--against", "hf"]] {
@@ -483,14 +490,43 @@ fn every_command_works_on_what_it_is_for() {
     assert!(run(&["--quiet", "plan", "tiny.toml"]).err.is_empty());
 }
 
+#[test]
+fn a_model_runs_with_every_cache_and_policy() {
+    let sandbox = models();
+    let cache = ["--kv", "int8-int4", "--attention", "top-k=0.5", "--epsilon", "0.05", "--certificate", "metered"];
+    let validate = ["validate", "hf", "--against", "hf", "--text", "text.txt", "--json", "cache.json"];
+    let ran = sandbox.osprey(&[&validate[..], &cache].concat());
+    assert_eq!(ran.code, Some(0), "{}{}", ran.out, ran.err);
+    let value: serde_json::Value = serde_json::from_slice(&sandbox.read("cache.json")).unwrap();
+    for key in ["kv_bytes_per_token", "certificate_violations", "pages_promoted"] {
+        assert!(value[key].is_number(), "{key}: {value}");
+    }
+    assert_eq!(
+        (&value["certificate_violations"], &value["kv"], &value["attention"]),
+        (&0.into(), &"int8-int4".into(), &"top-k=0.5".into())
+    );
+    // No page is full within a context of 64, so nothing is lost.
+    assert_eq!(value["kl_mean"], 0.0);
+    let text = |options: &[&str]| {
+        let generate = ["generate", "hf", "--prompt", "Once", "--temperature", "0", "--max-tokens", "20"];
+        sandbox.osprey(&[&generate[..], options].concat()).done().out
+    };
+    assert_eq!(text(&cache), text(&["--kv", "f16"]));
+    for kv in ["f16", "int8-int4"] {
+        for attention in ["dense", "window=64", "quest", "top-k"] {
+            sandbox.osprey(&["eval", "model.gguf", "--text", "text.txt", "--kv", kv, "--attention", attention]).done();
+        }
+    }
+}
+
 /// Commands with their arguments and options, which scripts rely on: a change here is a change of the contract.
 const COMMANDS: &str = "\
 osprey <COMMAND> --help --quiet --version
 train <RECIPE> --device --help --json --quiet --replay --resume --set --verify-resume
 export <MODEL> --format --help --json --out --quiet
-validate <ARTIFACT> --against --context --document-separator --help --json --max-documents --quiet --text
-eval <MODEL> --context --document-separator --help --json --max-documents --quiet --text --tokens
-generate <MODEL> --help --max-tokens --min-p --prompt --quiet --seed --temperature --top-k --top-p
+validate <ARTIFACT> --against --attention --certificate --context --document-separator --epsilon --help --json --kv --max-documents --quiet --text
+eval <MODEL> --attention --certificate --context --document-separator --epsilon --help --json --kv --max-documents --quiet --text --tokens
+generate <MODEL> --attention --certificate --epsilon --help --kv --max-tokens --min-p --prompt --quiet --seed --temperature --top-k --top-p
 data <RECIPE> --help --json --quiet --set
 plan <RECIPE> --help --json --quiet --set
 inspect <PATH> --help --json --quiet

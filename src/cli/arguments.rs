@@ -114,6 +114,24 @@ pub struct Text {
     pub context: Option<usize>,
 }
 
+/// How keys and values are kept and read.
+#[derive(Args, Debug)]
+pub struct Cache {
+    /// How the cache stores keys and values: f32 (as trained, the default), f16, fp8, int8-int4, turboquant-2, -2.5, -3, -3.5, -4, oscar-2.
+    #[arg(long, value_name = "FORMAT")]
+    pub kv: Option<String>,
+    /// Which pages of the cache a token reads: dense (all, the default), window[=TOKENS], quest[=PAGES], top-k[=SHARE or PAGES].
+    #[arg(long, value_name = "POLICY")]
+    pub attention: Option<String>,
+    /// Largest error of attention against the FP16 cache, relative to the output's norm (0 to 1): what is not certified to be within it is
+    /// computed from the FP16 originals.
+    #[arg(long, value_name = "E")]
+    pub epsilon: Option<f32>,
+    /// What has to be within epsilon: hard (a bound that nothing breaks) or metered (calibrated, no guarantee).
+    #[arg(long, value_name = "hard|metered", default_value = "hard")]
+    pub certificate: String,
+}
+
 #[derive(Args, Debug)]
 pub struct Validate {
     /// Exported file or directory.
@@ -124,6 +142,8 @@ pub struct Validate {
     #[command(flatten)]
     pub text: Text,
     #[command(flatten)]
+    pub cache: Cache,
+    #[command(flatten)]
     pub report: Report,
 }
 
@@ -133,6 +153,8 @@ pub struct Eval {
     pub model: PathBuf,
     #[command(flatten)]
     pub text: Text,
+    #[command(flatten)]
+    pub cache: Cache,
     /// Write one JSON line per predicted token: document, position, token, nll, top1.
     #[arg(long, value_name = "FILE")]
     pub tokens: Option<PathBuf>,
@@ -165,6 +187,8 @@ pub struct Generate {
     /// Equal seeds give equal text.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
+    #[command(flatten)]
+    pub cache: Cache,
 }
 
 #[derive(Args, Debug)]

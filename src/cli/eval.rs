@@ -5,18 +5,18 @@ use super::printer::Printer;
 use super::{Status, model, start_threads, write_json};
 use crate::error::{Error, Result};
 use crate::infer::Engine;
-use crate::infer::kv::Format;
 use crate::validate::{Place, evaluate, places};
 use std::io::{BufWriter, Write};
 
 /// Measures the loss and prints it; with `--tokens`, every token's as well.
 pub(super) fn run(command: &Eval, printer: &Printer) -> Result<Status> {
+    let cache = command.cache.options()?;
     start_threads(None)?;
     let engine = Engine::load(&command.model)?;
     let documents = model::read(&command.text, engine.tokenizer()?, engine.spec().context)?;
-    let found = evaluate(&engine, &documents, Format::default(), |_| ())?;
+    let found = evaluate(&engine, &documents, cache, |_| ())?;
     if let Some(path) = &command.tokens {
-        write_lines(path, &places(&engine, &documents, Format::default())?)?;
+        write_lines(path, &places(&engine, &documents, cache)?)?;
     }
     write_json(command.report.json.as_deref(), &found)?;
     printer

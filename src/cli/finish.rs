@@ -3,20 +3,17 @@
 use super::printer::Printer;
 use super::{Status, export, generate, model, write_json};
 use crate::data::config::SourceConfig;
-use crate::data::{builtin, skill_probes};
+use crate::data::{Probe, Skill, builtin, skill_probes};
 use crate::error::{Error, Result};
 use crate::export::Target;
-use crate::infer::Engine;
 use crate::infer::sampler::Config;
+use crate::infer::{Engine, cache};
 use crate::model::LinearKind;
 use crate::recipe::Assembled;
 use crate::train::Outcome;
-use crate::validate::{Document, Limits, Options, Report, SkillPair, Verdict, compare};
+use crate::validate::{Document, Limits, Options, Report, SkillPair, Verdict, compare, probing};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
-
-/// The seed of probes: no training document has it.
-const PROBE_SEED: u64 = u64::MAX;
 
 #[derive(Serialize)]
 struct Finished {
@@ -27,6 +24,8 @@ struct Finished {
     kurtosis_mean: Option<f64>,
     data_wait_fraction: f64,
     artifacts: Vec<Report>,
+    /// The first artifact with the cache that the recipe asks for, against itself with an FP16 cache.
+    cache: Option<Report>,
 }
 
 /// Exports and validates as the recipe asks.
@@ -43,6 +42,11 @@ pub(super) fn run(assembled: &Assembled, outcome: &Outcome, json: Option<&Path>,
             reports.push(report);
         }
     }
+    let cache = validate_cache(assembled, &folder, outcome)?;
+    if let Some(report) = &cache {
+        printer.data(format!("the same weights with cache {}", model::cache_name(report)))?;
+        model::show(report, printer)?;
+    }
     sample(assembled, &folder, outcome, printer)?;
     let evaluation = outcome.evaluation.as_ref();
     let finished = Finished {
@@ -53,9 +57,10 @@ pub(super) fn run(assembled: &Assembled, outcome: &Outcome, json: Option<&Path>,
         kurtosis_mean: evaluation.map(|e| e.statistics.kurtosis_mean()),
         data_wait_fraction: outcome.data_wait_fraction,
         artifacts: reports,
+        cache,
     };
     write_json(json, &finished)?;
-    let passed = finished.artifacts.iter().all(|report| report.verdict == Verdict::Pass);
+    let passed = finished.artifacts.iter().chain(&finished.cache).all(|report| report.verdict == Verdict::Pass);
     Ok(if passed { Status::Done } else { Status::FellShort })
 }
 
@@ -94,12 +99,39 @@ fn validate(assembled: &Assembled, checkpoint: &Path, target: Target, path: &Pat
         return Ok(None);
     }
     let (artifact, reference) = (Engine::load(path)?, Engine::load(checkpoint)?);
-    let probes =
-        builtin_source(assembled).map(|config| skill_probes(config, PROBE_SEED, assembled.recipe.validate.probes)).unwrap_or_default();
+    let probes = probes(assembled, &artifact)?;
     // Engines run a dequantized ternary model with unrounded activations: another arithmetic than it was trained with.
     let limits = (assembled.setup.spec.linear == LinearKind::Ternary && !target.packs_ternary()).then_some(Limits::DEQUANTIZED_TERNARY);
     let options = Options { worst: 10, probes, limits, ..Options::default() };
     compare(&artifact, &reference, &documents, &options, |_| ()).map(Some)
+}
+
+/// The first artifact, or else the checkpoint, with the recipe's cache against itself with an FP16 cache.
+fn validate_cache(assembled: &Assembled, folder: &Path, outcome: &Outcome) -> Result<Option<Report>> {
+    let documents = held_out(assembled);
+    let Some(config) = assembled.recipe.validate.cache.as_ref().filter(|_| !documents.is_empty()) else { return Ok(None) };
+    let engine = Engine::load(&deployed(assembled, folder, outcome)?)?;
+    let probes = probes(assembled, &engine)?;
+    let options = Options { worst: 10, probes, limits: Some(Limits::NONE), cache: config.options()? };
+    compare(&engine, &engine, &documents, &options, |_| ()).map(Some)
+}
+
+/// What the run made to be run: its first artifact, or else the checkpoint.
+fn deployed(assembled: &Assembled, folder: &Path, outcome: &Outcome) -> Result<PathBuf> {
+    let first = assembled.recipe.export.targets()?.first().map(|&target| place_of(folder, target));
+    Ok(first.unwrap_or_else(|| outcome.checkpoint.clone()))
+}
+
+/// Questions about what the recipe trains on: short skills, and needles and lists where it has some.
+fn probes(assembled: &Assembled, artifact: &Engine) -> Result<Vec<Probe>> {
+    let (Some(config), count) = (builtin_source(assembled), assembled.recipe.validate.probes) else { return Ok(vec![]) };
+    let mut probes = skill_probes(config, probing::SEED, count);
+    probes.retain(|probe| config.trains(probe.skill));
+    if config.trains(Skill::Needle) || config.trains(Skill::Pair) {
+        let long = probing::long(artifact.tokenizer()?, artifact.spec().context, count)?;
+        probes.extend(long.into_iter().filter(|probe| config.trains(probe.skill)));
+    }
+    Ok(probes)
 }
 
 /// What a model scores that knows the form of a skill's documents but not the skill.
@@ -127,11 +159,10 @@ fn held_out(assembled: &Assembled) -> Vec<Document> {
 
 fn sample(assembled: &Assembled, folder: &Path, outcome: &Outcome, printer: &Printer) -> Result<()> {
     let Some(prompt) = &assembled.recipe.validate.sample else { return Ok(()) };
-    let first = assembled.recipe.export.targets()?.first().map(|&target| place_of(folder, target));
-    let engine = Engine::load(first.as_deref().unwrap_or(&outcome.checkpoint))?;
+    let engine = Engine::load(&deployed(assembled, folder, outcome)?)?;
     printer.data("sample:")?;
     let config = Config { temperature: 0.7, top_k: 0, top_p: 1.0, min_p: 0.05, seed: assembled.setup.seed };
-    generate::stream(&engine, prompt, config, assembled.recipe.validate.sample_tokens, printer)
+    generate::stream(&engine, prompt, config, cache::Options::default(), assembled.recipe.validate.sample_tokens, printer)
 }
 
 fn place_of(folder: &Path, target: Target) -> PathBuf {

@@ -2,6 +2,7 @@
 
 mod arguments;
 mod bench;
+mod cache;
 pub mod chart;
 mod data;
 mod decode;

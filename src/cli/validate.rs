@@ -5,7 +5,7 @@ use super::printer::Printer;
 use super::{Status, model, start_threads, write_json};
 use crate::error::Result;
 use crate::infer::Engine;
-use crate::validate::{Options, Verdict, compare};
+use crate::validate::{Options, Verdict, compare, probing};
 
 /// Runs both models and says what was lost; exit code 1 when a limit is passed.
 pub(super) fn run(command: &Validate, printer: &Printer) -> Result<Status> {
@@ -13,7 +13,8 @@ pub(super) fn run(command: &Validate, printer: &Printer) -> Result<Status> {
     let (artifact, reference) = (Engine::load(&command.artifact)?, Engine::load(&command.against)?);
     let context = artifact.spec().context.min(reference.spec().context);
     let documents = model::read(&command.text, artifact.tokenizer()?, context)?;
-    let options = Options { worst: 10, ..Options::default() };
+    let probes = probing::probes(&reference, context)?;
+    let options = Options { worst: 10, probes, cache: command.cache.options()?, ..Options::default() };
     let report = compare(&artifact, &reference, &documents, &options, |_| ())?;
     write_json(command.report.json.as_deref(), &report)?;
     model::show(&report, printer)?;

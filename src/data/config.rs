@@ -146,6 +146,9 @@ pub enum Validation {
 pub enum Order {
     /// Documents in an order shuffled anew for every pass, end to end: every token is trained once per pass.
     Packed,
+    /// Documents stay whole: each is put into the fullest row that has room for it, and what is left of a row is not trained. Only a
+    /// document longer than the context goes on in further rows.
+    Whole,
     /// Each row starts anywhere, as in nanoGPT.
     Crops,
 }

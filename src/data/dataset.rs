@@ -1,5 +1,6 @@
 //! From the recipe's sources to verified shards: trains or loads the tokenizer, tokenizes what changed, reuses the rest.
 
+use super::bins::Bins;
 use super::config::{BpeConfig, Config, Named, Order, TokenizerConfig, Validation, find};
 use super::pack::{Batch, Rules, Stream};
 use super::shard::{Shard, Writer};
@@ -107,15 +108,22 @@ impl Dataset {
     /// evenly spaced ones are taken. Padding fills the last row of each source and the last batch, with weight 0.
     pub fn validation_batches(&self, rows: usize, context: usize, most_rows: Option<usize>) -> Vec<Arc<Batch>> {
         let mut streams: Vec<Stream> = self.validation.iter().map(|part| Stream::stored(part.shard.clone(), self.rules())).collect();
-        let rows_of = |stream: &Stream| stream.pairs().div_ceil(context as u64);
+        let bins: Vec<Bins> = match self.order {
+            Order::Whole => streams.iter().map(|stream| Bins::new(stream, context)).collect(),
+            Order::Packed | Order::Crops => vec![],
+        };
+        let rows_of = |at: usize, stream: &Stream| bins.get(at).map_or(stream.pairs().div_ceil(context as u64), |bins| bins.rows() as u64);
         let all: Vec<(usize, u64)> =
-            streams.iter().enumerate().flat_map(|(at, stream)| (0..rows_of(stream)).map(move |row| (at, row))).collect();
+            streams.iter().enumerate().flat_map(|(at, stream)| (0..rows_of(at, stream)).map(move |row| (at, row))).collect();
         let wanted = most_rows.unwrap_or(all.len()).min(all.len());
         let chosen: Vec<(usize, u64)> = (0..wanted).map(|at| all[(2 * at + 1) * all.len() / (2 * wanted)]).collect();
         let batches = chosen.chunks(rows).map(|chunk| {
             let mut batch = Batch::padding(rows, context);
             for (row, &(stream, number)) in chunk.iter().enumerate() {
-                streams[stream].fill_once(number * context as u64, &mut batch, row);
+                match bins.get(stream) {
+                    Some(bins) => streams[stream].fill_parts(bins.row(number), &mut batch, row),
+                    None => streams[stream].fill_once(number * context as u64, &mut batch, row),
+                }
                 batch.sources[row] = stream as u32;
             }
             Arc::new(batch)

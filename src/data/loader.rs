@@ -2,9 +2,11 @@
 //! the same rows in the same order.
 //!
 //! Row g comes from the source that the mixture deals to it, as the k-th row of that source: `context` consecutive pairs, rows shuffled
-//! within a pass ([`Order::Packed`]), or `context` pairs from a random place ([`Order::Crops`]). With R ranks of B rows, micro-batch m of
+//! within a pass ([`Order::Packed`]), documents that together fit ([`Order::Whole`]), or `context` pairs from a random place
+//! ([`Order::Crops`]). With R ranks of B rows, micro-batch m of
 //! rank r holds rows (m R + r) B to (m R + r + 1) B - 1, counted from the cursor.
 
+use super::bins::Bins;
 use super::config::Order;
 use super::dataset::Dataset;
 use super::mix::Mixture;
@@ -23,6 +25,8 @@ pub struct Rows {
     mixture: Mixture,
     streams: Vec<Stream>,
     windows: Vec<Window>,
+    /// Of each source, where documents stay whole.
+    bins: Vec<Bins>,
     order: Order,
     seed: u64,
     context: usize,
@@ -33,7 +37,7 @@ impl Rows {
     pub fn new(dataset: &Dataset, context: usize, seed: u64) -> Result<Self> {
         let stream = |(at, part): (usize, &super::dataset::Part)| match dataset.order {
             Order::Packed => Stream::shuffled(part.shard.clone(), dataset.rules(), seed, at),
-            Order::Crops => Stream::stored(part.shard.clone(), dataset.rules()),
+            Order::Whole | Order::Crops => Stream::stored(part.shard.clone(), dataset.rules()),
         };
         let streams: Vec<Stream> = dataset.train.iter().enumerate().map(stream).collect();
         if context == 0 || context > u32::MAX as usize {
@@ -48,9 +52,14 @@ impl Rows {
                 .fix("give more text or a shorter model.context"));
             }
         }
-        let windows = streams.iter().enumerate().map(|(at, stream)| Window::new(seed, at, stream.pairs() / context as u64)).collect();
+        let bins: Vec<Bins> = match dataset.order {
+            Order::Whole => streams.iter().map(|stream| Bins::new(stream, context)).collect(),
+            Order::Packed | Order::Crops => vec![],
+        };
+        let rows = |(at, stream): (usize, &Stream)| bins.get(at).map_or(stream.pairs() / context as u64, |bins| bins.rows() as u64);
+        let windows = streams.iter().enumerate().map(|(at, stream)| Window::new(seed, at, rows((at, stream)))).collect();
         let shares: Vec<f64> = dataset.train.iter().map(|part| part.share).collect();
-        Ok(Self { mixture: Mixture::new(seed, &shares)?, streams, windows, order: dataset.order, seed, context })
+        Ok(Self { mixture: Mixture::new(seed, &shares)?, streams, windows, bins, order: dataset.order, seed, context })
     }
 
     /// The index of the source that row `row` comes from.
@@ -64,14 +73,14 @@ impl Rows {
         for row in 0..rows {
             let (source, index) = self.mixture.locate(first + row as u64);
             let stream = &mut self.streams[source];
-            let pair = match self.order {
-                Order::Packed => self.windows[source].row(index) * self.context as u64,
+            match self.order {
+                Order::Packed => stream.fill(self.windows[source].row(index) * self.context as u64, &mut batch, row),
+                Order::Whole => stream.fill_parts(self.bins[source].row(self.windows[source].row(index)), &mut batch, row),
                 Order::Crops => {
                     let places = stream.pairs() - self.context as u64 + 1;
-                    Random::new(self.seed, &format!("crops {source}"), index).below(places)
+                    stream.fill(Random::new(self.seed, &format!("crops {source}"), index).below(places), &mut batch, row);
                 }
-            };
-            stream.fill(pair, &mut batch, row);
+            }
             batch.sources[row] = source as u32;
         }
         batch

@@ -4,6 +4,7 @@
 //! stay the same; [`Loader`] deals rows to batches in an order that is a pure function of (data, seed, row); [`report()`] shows what a
 //! batch contains. Everything random comes from counters ([`random`]), so nothing depends on threads or on what ran before.
 
+pub mod bins;
 pub mod builtin;
 pub mod config;
 pub mod dataset;
@@ -21,7 +22,7 @@ pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 
-pub use builtin::{Probe, Skill, skill_probes};
+pub use builtin::{Probe, Skill, long_probes, skill_probes};
 pub use config::Config;
 pub use dataset::{Dataset, Part};
 pub use loader::{Cursor, Loader, Shape};

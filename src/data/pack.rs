@@ -77,6 +77,14 @@ struct Pass {
     starts: Vec<u64>,
 }
 
+/// Pairs `skip..skip + count` of a document.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Part {
+    pub document: u64,
+    pub skip: u64,
+    pub count: usize,
+}
+
 /// The endless sequence of pairs of one source.
 #[derive(Debug)]
 pub struct Stream {
@@ -102,8 +110,9 @@ impl Stream {
     }
 
     fn new(shard: Arc<Shard>, rules: Rules, shuffle: Option<(u64, String)>) -> Self {
-        let pairs = (0..shard.documents()).map(|document| rules.pairs(shard.end_before(document + 1) - shard.end_before(document))).sum();
-        Self { shard, rules, shuffle, pairs, passes: VecDeque::new(), tokens: Vec::new() }
+        let mut stream = Self { shard, rules, shuffle, pairs: 0, passes: VecDeque::new(), tokens: Vec::new() };
+        stream.pairs = stream.document_pairs().sum();
+        stream
     }
 
     /// Pairs in one pass.
@@ -139,6 +148,13 @@ impl Stream {
         let skip = within - starts[place];
         let count = (starts[place + 1] - within).min(room as u64) as usize;
         let document = order.as_ref().map_or(place as u64, |order| u64::from(order[place]));
+        self.fill_part(Part { document, skip, count }, batch, row, at);
+        count
+    }
+
+    /// Copies `part` to position `at` of the row that starts at `row`.
+    fn fill_part(&mut self, part: Part, batch: &mut Batch, row: usize, at: usize) {
+        let Part { document, skip, count } = part;
         self.read_sequence(document, skip, count + 1);
         let at_token = row + at;
         batch.inputs[at_token..at_token + count].copy_from_slice(&self.tokens[..count]);
@@ -149,7 +165,20 @@ impl Stream {
         for (position, slot) in batch.positions[at_token..at_token + count].iter_mut().enumerate() {
             *slot = (at + position) as u32 - start;
         }
-        count
+    }
+
+    /// Fills the beginning of row `row` of `batch` with `parts`, which fit; the rest stays as it is.
+    pub fn fill_parts(&mut self, parts: &[Part], batch: &mut Batch, row: usize) {
+        let mut at = 0;
+        for part in parts {
+            self.fill_part(*part, batch, row * batch.context, at);
+            at += part.count;
+        }
+    }
+
+    /// Pairs of each document, as stored.
+    pub fn document_pairs(&self) -> impl Iterator<Item = u64> {
+        (0..self.shard.documents()).map(|document| self.rules.pairs(self.shard.end_before(document + 1) - self.shard.end_before(document)))
     }
 
     /// Elements `from..from + count` of [BOS] tokens [EOS] into `self.tokens`.

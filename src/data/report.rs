@@ -84,7 +84,8 @@ pub fn report(dataset: &Dataset, rows: usize, context: usize, seed: u64, shown: 
     let train = dataset.train.iter().zip(counts).map(|(part, count)| part_report(part, count as f64 / MEASURED_ROWS as f64)).collect();
     let validation = dataset.validation.iter().map(|part| part_report(part, part.share)).collect();
     let shown = (0..rows.min(shown)).map(|row| row_report(dataset, &batch, row)).collect::<Result<_>>()?;
-    let documents = (0..rows * context).filter(|&at| at % context == 0 || begins_stretch(dataset, &batch, at)).count();
+    let begins = |at: usize| batch.weights[at] > 0.0 && (at % context == 0 || begins_stretch(dataset, &batch, at));
+    let documents = (0..rows * context).filter(|&at| begins(at)).count();
     let (tokens, trained_tokens) = (rows * context, batch.trained_tokens());
     Ok(Report {
         vocabulary: tokenizer.vocabulary(),
@@ -130,7 +131,10 @@ fn begins_stretch(dataset: &Dataset, batch: &Batch, at: usize) -> bool {
 }
 
 fn row_report(dataset: &Dataset, batch: &Batch, row: usize) -> Result<RowReport> {
-    let (first, end) = (row * batch.context, (row + 1) * batch.context);
+    let first = row * batch.context;
+    // Where documents stay whole, padding ends a row.
+    let padding = batch.weights[first..][..batch.context].iter().rev().take_while(|&&weight| weight == 0.0).count();
+    let end = first + batch.context - padding.min(batch.context - 1);
     let mut starts: Vec<usize> = (first + 1..end).filter(|&at| begins_stretch(dataset, batch, at)).collect();
     starts.insert(0, first);
     starts.push(end);

@@ -57,7 +57,7 @@ fn load(dataset: &Dataset, shape: Shape, cursor: Option<&Cursor>, count: usize) 
 #[test]
 fn every_split_of_a_step_sees_the_same_rows() {
     let folder = tempfile::tempdir().unwrap();
-    for order in ["packed", "crops"] {
+    for order in ["packed", "whole", "crops"] {
         let dataset = open(&format!("order = \"{order}\"\n{TWO}"), folder.path()).unwrap();
         let shape = |rows, rank, ranks| Shape { rows, context: 48, rank, ranks };
         let whole = rows_of(&load(&dataset, shape(8, 0, 1), None, 6).0);

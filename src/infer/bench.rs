@@ -1,7 +1,7 @@
 //! How fast an engine reads a prompt and continues it.
 
+use super::cache::Options;
 use super::engine::Engine;
-use super::kv::Format;
 use super::session::Session;
 use crate::error::Result;
 use serde::Serialize;
@@ -21,12 +21,12 @@ pub struct Speed {
 }
 
 /// Times a prompt, of which only the last logits are computed, and the tokens after it; the best of `repeats` runs each.
-pub fn measure(engine: &Engine, format: Format, repeats: usize) -> Result<Speed> {
+pub fn measure(engine: &Engine, cache: impl Into<Options>, repeats: usize) -> Result<Speed> {
     let (context, vocab) = (engine.spec().context, engine.spec().vocab as u64);
     let decode = DECODE_TOKENS.min(context / 2);
     let prompt = PROMPT_TOKENS.min(context - decode);
     let ids: Vec<u32> = (0..prompt as u64).map(|i| (i * 7919 % 1000 + 3).min(vocab - 1) as u32).collect();
-    let mut session = Session::new(engine, format, prompt + decode)?;
+    let mut session = Session::new(engine, cache, prompt + decode)?;
     // The first pass touches pages and sizes buffers.
     session.prefill(&ids[..prompt.min(8)])?;
     let mut speed = Speed { prompt_tokens_per_second: 0.0, decode_tokens_per_second: 0.0 };

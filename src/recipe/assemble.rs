@@ -1,6 +1,6 @@
 //! From a recipe to a run: opens the data, resolves the model, and gathers what the training loop needs.
 
-use super::{Recipe, to_toml};
+use super::{CacheConfig, Recipe, to_toml};
 use crate::data::loader::Shape;
 use crate::data::{Batch, Cursor, Dataset, Loader};
 use crate::error::{Error, Result};
@@ -26,6 +26,7 @@ impl Recipe {
         self.train.check()?;
         self.optim.check(self.train.steps)?;
         self.export.targets()?;
+        self.validate.cache.as_ref().map(CacheConfig::options).transpose()?;
         Ok(())
     }
 }

@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::export::Target;
+use crate::infer::cache::Options;
 use serde::{Deserialize, Serialize};
 
 /// Artifacts to write from the last checkpoint, into `RUN/export/`.
@@ -35,6 +36,9 @@ pub struct ValidateConfig {
     pub documents: usize,
     /// Questions per skill of the built-in corpus, where the recipe trains on it; 0 asks none.
     pub probes: usize,
+    /// A cache and attention that the first artifact is run with as well; absent, only the cache in full precision is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cache: Option<CacheConfig>,
     /// Prompt of the printed sample; absent prints none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sample: Option<String>,
@@ -44,6 +48,49 @@ pub struct ValidateConfig {
 
 impl Default for ValidateConfig {
     fn default() -> Self {
-        Self { documents: 0, probes: 0, sample: None, sample_tokens: 120 }
+        Self { documents: 0, probes: 0, cache: None, sample: None, sample_tokens: 120 }
+    }
+}
+
+/// How keys and values are kept and read, as the command line spells it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct CacheConfig {
+    /// As `--kv`.
+    pub kv: String,
+    /// As `--attention`.
+    pub attention: String,
+    /// As `--epsilon`; absent certifies nothing.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub epsilon: Option<f32>,
+    /// As `--certificate`.
+    pub certificate: String,
+}
+
+impl Default for CacheConfig {
+    fn default() -> Self {
+        Self { kv: "int8-int4".to_owned(), attention: "dense".to_owned(), epsilon: None, certificate: "hard".to_owned() }
+    }
+}
+
+impl CacheConfig {
+    /// The settings, checked.
+    ///
+    /// # Errors
+    /// When a name is unknown, epsilon is outside 0 to 1, or settings contradict each other.
+    pub fn options(&self) -> Result<Options> {
+        if let Some(epsilon) = self.epsilon.filter(|epsilon| !(0.0..=1.0).contains(epsilon)) {
+            return Err(Error::input("epsilon", format!("{epsilon} is outside 0 to 1"))
+                .fix("give the largest error relative to an output's norm, such as 0.05"));
+        }
+        let options = Options {
+            format: self.kv.parse()?,
+            attention: self.attention.parse()?,
+            epsilon: self.epsilon,
+            certificate: self.certificate.parse()?,
+            check: false,
+        };
+        options.check()?;
+        Ok(options)
     }
 }

@@ -13,7 +13,7 @@ mod schema;
 mod suggest;
 
 pub use assemble::{Assembled, Batches, assemble, device};
-pub use finish::{ExportConfig, ValidateConfig};
+pub use finish::{CacheConfig, ExportConfig, ValidateConfig};
 pub use load::{load, parse, to_toml};
 pub use schema::keys;
 

@@ -1,29 +1,44 @@
 //! An artifact against the model it came from, token by token.
 
+use super::cache::CacheReport;
 use super::documents::Document;
 use super::evaluate::{Evaluation, ROWS, check_finite, session_for};
 use super::limits::Limits;
-use super::report::{Report, SkillPair, TokenLoss, Verdict};
+use super::recall::ask;
+use super::report::{Report, TokenLoss, Verdict};
 use super::rows::{divergence, log_sum_exp};
-use super::skills::{SkillScore, skills};
-use crate::data::builtin::{Probe, Skill};
+use crate::data::builtin::Probe;
 use crate::error::{Error, Result};
 use crate::infer::kv::Format;
 use crate::infer::sampler::argmax;
-use crate::infer::{Engine, bench};
+use crate::infer::{Engine, bench, cache};
 use rayon::prelude::*;
 
 /// What to compare, beside the documents.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
-    /// How the artifact's cache stores numbers; the reference's stays f32.
-    pub cache: Format,
+    /// How the artifact keeps and reads keys and values. Unless that is in f32, the reference does it in f16, densely.
+    pub cache: cache::Options,
     /// Defaults to those of the artifact's format.
     pub limits: Option<Limits>,
     /// Questions to both; none for models that never saw the built-in corpus.
     pub probes: Vec<Probe>,
     /// How many of the worst tokens to list.
     pub worst: usize,
+}
+
+impl Options {
+    /// How the reference keeps and reads keys and values.
+    pub(super) fn reference_cache(&self) -> cache::Options {
+        if self.cache.format == Format::F32 { Format::F32.into() } else { Format::F16.into() }
+    }
+
+    /// The artifact's cache with every output compared with the FP16 cache, where there can be a difference.
+    fn checked_cache(&self) -> cache::Options {
+        let Self { cache, .. } = self;
+        let exact = cache.format == Format::F32 || *cache == Format::F16.into();
+        cache::Options { check: !exact, ..*cache }
+    }
 }
 
 /// Runs both engines over `documents` (ids of the artifact's tokenizer) and judges the artifact. `progress` is told how many are done.
@@ -38,7 +53,8 @@ pub fn compare(
     mut progress: impl FnMut(usize),
 ) -> Result<Report> {
     check_vocabularies(artifact, reference)?;
-    let mut sessions = [session_for(artifact, documents, options.cache)?, session_for(reference, documents, Format::F32)?];
+    let mut sessions =
+        [session_for(artifact, documents, options.checked_cache())?, session_for(reference, documents, options.reference_cache())?];
     let mut totals = Totals::default();
     for (index, document) in documents.iter().enumerate() {
         let mut hidden = [vec![], vec![]];
@@ -56,8 +72,14 @@ pub fn compare(
         check_finite(totals.nll + totals.reference_nll, index)?;
         progress(index + 1);
     }
-    let found = totals.report(artifact, documents, options)?;
-    Ok(Report { skills: pair(artifact, reference, options)?, ..found }.with_recall().judge())
+    let counters = sessions[0].counters();
+    let found = totals.report(
+        artifact,
+        documents,
+        options,
+        CacheReport::new(options, &counters, documents.iter().map(Document::predicted).sum()),
+    )?;
+    Ok(found.with_recall(&ask(artifact, reference, options)?).judge())
 }
 
 fn check_vocabularies(artifact: &Engine, reference: &Engine) -> Result<()> {
@@ -114,7 +136,7 @@ impl Totals {
         self.worst.truncate(worst);
     }
 
-    fn report(self, artifact: &Engine, documents: &[Document], options: &Options) -> Result<Report> {
+    fn report(self, artifact: &Engine, documents: &[Document], options: &Options, cache: CacheReport) -> Result<Report> {
         let evaluation = Evaluation::new(self.nll, documents);
         let tokens = evaluation.tokens as f64;
         let (spec, size) = (artifact.spec(), artifact.size());
@@ -122,7 +144,7 @@ impl Totals {
         Ok(Report {
             verdict: Verdict::Pass,
             failures: vec![],
-            limits: options.limits.unwrap_or_else(|| Limits::of(size.format)),
+            limits: options.limits.unwrap_or_else(|| Limits::of(size.format)).and(Limits::of_cache(&options.cache)),
             reference_nll_per_token: self.reference_nll / tokens,
             evaluation,
             kl_mean: self.kl / tokens,
@@ -132,35 +154,15 @@ impl Totals {
             bits_per_weight: size.bits_per_weight(),
             artifact_bytes: size.artifact_bytes,
             speed: bench::measure(artifact, options.cache, 1)?,
-            kv: options.cache.name().to_owned(),
-            kv_bytes_per_token: (spec.layers as f64 * options.cache.bytes_per_token(spec.kv_heads, spec.head_dim)?).ceil() as usize,
+            kv: options.cache.format.name().to_owned(),
+            kv_bytes_per_token: spec.layers as f64 * options.cache.format.bytes_per_token(spec.kv_heads, spec.head_dim)?,
+            cache,
             recall: None,
             reference_recall: None,
             skills: vec![],
+            recall_by_place: vec![],
             worst_tokens: self.worst.into_iter().map(|(token, id)| TokenLoss { text: spell(id), ..token }).collect(),
         })
-    }
-}
-
-fn pair(artifact: &Engine, reference: &Engine, options: &Options) -> Result<Vec<SkillPair>> {
-    if options.probes.is_empty() {
-        return Ok(vec![]);
-    }
-    let (after, before) = (skills(artifact, &options.probes, options.cache)?, skills(reference, &options.probes, Format::F32)?);
-    let share = |scores: &[SkillScore], skill: Skill| scores.iter().find(|score| score.skill == skill).map_or(0.0, SkillScore::share);
-    let pairs = after.iter().map(|score| SkillPair {
-        skill: score.skill,
-        probes: score.probes,
-        reference: share(&before, score.skill),
-        artifact: score.share(),
-    });
-    Ok(pairs.collect())
-}
-
-impl Report {
-    fn with_recall(self) -> Self {
-        let recall = self.skills.iter().find(|pair| pair.skill == Skill::Recall).copied();
-        Self { recall: recall.map(|pair| pair.artifact), reference_recall: recall.map(|pair| pair.reference), ..self }
     }
 }
 

@@ -3,8 +3,7 @@
 use super::documents::Document;
 use super::rows::log_sum_exp;
 use crate::error::{Error, Result};
-use crate::infer::kv::Format;
-use crate::infer::{Engine, Session};
+use crate::infer::{Engine, Session, cache};
 use rayon::prelude::*;
 use serde::Serialize;
 
@@ -47,7 +46,12 @@ impl Evaluation {
 ///
 /// # Errors
 /// When a document is longer than the model's context, has ids beyond its vocabulary, or the model gives logits that are not finite.
-pub fn evaluate(engine: &Engine, documents: &[Document], cache: Format, mut progress: impl FnMut(usize)) -> Result<Evaluation> {
+pub fn evaluate(
+    engine: &Engine,
+    documents: &[Document],
+    cache: impl Into<cache::Options>,
+    mut progress: impl FnMut(usize),
+) -> Result<Evaluation> {
     let mut session = session_for(engine, documents, cache)?;
     let mut total = 0.0;
     for (done, document) in documents.iter().enumerate() {
@@ -69,7 +73,7 @@ pub fn evaluate(engine: &Engine, documents: &[Document], cache: Format, mut prog
 }
 
 /// A session that holds the longest of `documents` but its last token, which is only predicted.
-pub(super) fn session_for<'e>(engine: &'e Engine, documents: &[Document], cache: Format) -> Result<Session<'e>> {
+pub(super) fn session_for<'e>(engine: &'e Engine, documents: &[Document], cache: impl Into<cache::Options>) -> Result<Session<'e>> {
     Session::new(engine, cache, documents.iter().map(Document::predicted).max().unwrap_or(0))
 }
 
@@ -88,6 +92,7 @@ pub(super) fn check_finite(nll: f64, document: usize) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::infer::kv::Format;
     use crate::infer::testing::{Artifact, dense, ids, training_logits, weights};
 
     #[test]

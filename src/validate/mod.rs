@@ -3,19 +3,23 @@
 //! [`documents`] is the protocol both commands share; [`evaluate()`] measures one model, [`compare()`] an artifact against its reference and
 //! says whether it may be shipped.
 
+mod cache;
 mod compare;
 pub mod documents;
 mod evaluate;
 mod limits;
 mod places;
+pub mod probing;
+mod recall;
 mod report;
 mod rows;
 mod skills;
 
+pub use cache::{CacheReport, Classes};
 pub use compare::{Options, compare};
 pub use documents::{Document, Protocol};
 pub use evaluate::{Evaluation, evaluate};
 pub use limits::Limits;
 pub use places::{Place, places};
-pub use report::{Report, SkillPair, TokenLoss, Verdict};
+pub use report::{Report, SkillPair, SpotPair, TokenLoss, Verdict};
 pub use skills::{SkillScore, skills};

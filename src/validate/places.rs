@@ -4,9 +4,8 @@ use super::documents::Document;
 use super::evaluate::{ROWS, session_for};
 use super::rows::log_sum_exp;
 use crate::error::Result;
-use crate::infer::Engine;
-use crate::infer::kv::Format;
 use crate::infer::sampler::argmax;
+use crate::infer::{Engine, cache};
 use rayon::prelude::*;
 use serde::Serialize;
 
@@ -29,7 +28,7 @@ pub struct Place {
 ///
 /// # Errors
 /// When a document is longer than the model's context or has ids beyond its vocabulary.
-pub fn places(engine: &Engine, documents: &[Document], cache: Format) -> Result<Vec<Place>> {
+pub fn places(engine: &Engine, documents: &[Document], cache: impl Into<cache::Options>) -> Result<Vec<Place>> {
     let mut session = session_for(engine, documents, cache)?;
     let (dim, vocab) = (engine.spec().dim, engine.spec().vocab);
     let mut all = Vec::new();

@@ -1,8 +1,9 @@
 //! What a comparison found, in the contract's keys.
 
+use super::cache::CacheReport;
 use super::evaluate::Evaluation;
 use super::limits::Limits;
-use crate::data::builtin::Skill;
+use crate::data::builtin::{Skill, Spot};
 use crate::infer::bench::Speed;
 use serde::Serialize;
 
@@ -38,6 +39,17 @@ pub struct SkillPair {
     pub artifact: f64,
 }
 
+/// Shares of solved probes before and after, of one skill at one place of long texts.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct SpotPair {
+    pub skill: Skill,
+    #[serde(flatten)]
+    pub spot: Spot,
+    pub probes: usize,
+    pub reference: f64,
+    pub artifact: f64,
+}
+
 /// An artifact against its reference.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Report {
@@ -60,11 +72,16 @@ pub struct Report {
     #[serde(flatten)]
     pub speed: Speed,
     pub kv: String,
-    pub kv_bytes_per_token: usize,
-    /// Share of recall probes solved, where the model knows the built-in corpus.
+    /// Over all layers, of what attention reads.
+    pub kv_bytes_per_token: f64,
+    #[serde(flatten)]
+    pub cache: CacheReport,
+    /// Share of probes of recall, needles and pairs solved, where the model knows the built-in corpus.
     pub recall: Option<f64>,
     pub reference_recall: Option<f64>,
     pub skills: Vec<SkillPair>,
+    /// Needles and pairs by length (in tokens) and depth.
+    pub recall_by_place: Vec<SpotPair>,
     /// The tokens with the largest divergence, worst first.
     pub worst_tokens: Vec<TokenLoss>,
 }
@@ -90,6 +107,9 @@ impl Report {
                 let shares = format!("from {:.1}% to {:.1}%", reference * 100.0, artifact * 100.0);
                 failures.push(format!("{} fell {shares}; {}% may be lost", skill.name(), skill_loss * 100.0));
             }
+        }
+        if let Some(violations) = self.cache.certificate_violations.filter(|violations| *violations > 0) {
+            failures.push(format!("{violations} outputs of attention lie outside their certificates: a defect of this program"));
         }
         self.verdict = if failures.is_empty() { Verdict::Pass } else { Verdict::Fail };
         self.failures = failures;

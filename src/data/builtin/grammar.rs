@@ -34,7 +34,12 @@ pub(super) fn grammar() -> &'static Grammar {
 impl Grammar {
     /// One story.
     pub(super) fn story(&self, random: &mut Random) -> String {
-        Story { grammar: self, random, chosen: BTreeMap::new() }.expand("{story}")
+        self.line("{story}", random)
+    }
+
+    /// `template` with its slots filled.
+    pub(super) fn line(&self, template: &str, random: &mut Random) -> String {
+        Story { grammar: self, random, chosen: BTreeMap::new() }.expand(template)
     }
 
     /// The field `field` of the lexicon entry `entry`, unexpanded.

@@ -1,7 +1,8 @@
-//! The corpus built into the program: stories from a grammar, mixed with three skills that can be scored. Document `i` is a pure
+//! The corpus built into the program: stories from a grammar, mixed with skills that can be scored. Document `i` is a pure
 //! function of (configuration, seed, i); nothing is copied from elsewhere.
 
 mod grammar;
+mod long;
 mod skills;
 
 use super::random::Random;
@@ -10,7 +11,8 @@ use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64;
 
-pub use skills::{Probe, Skill, skill_probes};
+pub use long::long_probes;
+pub use skills::{Probe, Skill, Spot, skill_probes};
 
 /// What the built-in corpus contains.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -27,6 +29,13 @@ pub struct Config {
     pub recall: f64,
     pub copying: f64,
     pub sums: f64,
+    /// Facts hidden in long stories, asked for at the end.
+    pub needles: f64,
+    /// Long lists of keys with values, asked for some of them.
+    pub lists: f64,
+    /// Shortest and longest document of needles and lists, in bytes (200 to 1048576); each doubling between is as likely.
+    pub shortest: usize,
+    pub longest: usize,
     /// Keys in a recall list (2 to 10).
     pub pairs: usize,
     /// Most words in a row to copy (1 to 16); rows have from one word to this many.
@@ -47,6 +56,10 @@ impl Default for Config {
             recall: 3.0,
             copying: 2.0,
             sums: 1.0,
+            needles: 0.0,
+            lists: 0.0,
+            shortest: 400,
+            longest: 4000,
             pairs: 4,
             copy_words: 8,
             largest_addend: 9,
@@ -60,9 +73,12 @@ impl Config {
     pub fn check(&self) -> Result<()> {
         let wrong =
             |key: &str, cause: String| Err(Error::input(format!("data.sources builtin.{key}"), cause).fix("give a number in that range"));
-        let shares = [self.stories, self.recall, self.copying, self.sums];
+        let shares = [self.stories, self.recall, self.copying, self.sums, self.needles, self.lists];
         if shares.iter().any(|share| !share.is_finite() || *share < 0.0) || shares.iter().sum::<f64>() <= 0.0 {
             return wrong("stories", format!("the shares {shares:?} must be 0 or more and not all 0"));
+        }
+        if !(200..=1 << 20).contains(&self.shortest) || !(self.shortest..=1 << 20).contains(&self.longest) {
+            return wrong("longest", format!("lengths from {} to {} are not within 200 to {}", self.shortest, self.longest, 1 << 20));
         }
         if !(2..=10).contains(&self.pairs) {
             return wrong("pairs", format!("{} is outside 2 to 10: values are different digits", self.pairs));
@@ -85,8 +101,8 @@ impl Config {
     /// Document `index`.
     pub fn document(&self, index: u64) -> String {
         let random = &mut Random::new(self.seed, "builtin", index);
-        let mut at = random.unit() * (self.stories + self.recall + self.copying + self.sums);
-        for (skill, share) in [(Skill::Recall, self.recall), (Skill::Copy, self.copying), (Skill::Sum, self.sums)] {
+        let mut at = random.unit() * (self.stories + self.recall + self.copying + self.sums + self.needles + self.lists);
+        for (skill, share) in self.skills() {
             if at < share {
                 return skills::document(skill, self, random);
             }
@@ -96,14 +112,23 @@ impl Config {
         if self.stories > 0.0 { grammar::grammar().story(random) } else { skills::document(self.any_skill(), self, random) }
     }
 
+    /// Whether there are documents of `skill`.
+    pub fn trains(&self, skill: Skill) -> bool {
+        self.skills().iter().any(|(other, share)| *other == skill && *share > 0.0)
+    }
+
+    fn skills(&self) -> [(Skill, f64); 5] {
+        [
+            (Skill::Recall, self.recall),
+            (Skill::Copy, self.copying),
+            (Skill::Sum, self.sums),
+            (Skill::Needle, self.needles),
+            (Skill::Pair, self.lists),
+        ]
+    }
+
     fn any_skill(&self) -> Skill {
-        if self.recall > 0.0 {
-            Skill::Recall
-        } else if self.copying > 0.0 {
-            Skill::Copy
-        } else {
-            Skill::Sum
-        }
+        self.skills().into_iter().find(|(_, share)| *share > 0.0).map_or(Skill::Sum, |(skill, _)| skill)
     }
 }
 
@@ -156,7 +181,7 @@ mod tests {
         let config = Config::default();
         let probes = skill_probes(&config, 5, 100);
         assert_eq!(probes.len(), 300);
-        for Probe { skill, prompt, answer } in &probes {
+        for Probe { skill, prompt, answer, .. } in &probes {
             match skill {
                 Skill::Recall => {
                     let (list, key) = prompt.strip_prefix("recall: ").unwrap().split_once("; ").unwrap();
@@ -177,6 +202,7 @@ mod tests {
                         .collect();
                     assert_eq!(*answer, format!(" {}.", terms[0] + terms[1]));
                 }
+                Skill::Needle | Skill::Pair => unreachable!("asked for by `long_probes`"),
             }
         }
         assert_eq!(probes, skill_probes(&config, 5, 100));
@@ -195,6 +221,8 @@ mod tests {
             Config { stories: f64::NAN, ..Config::default() },
             Config { documents: 0, ..Config::default() },
             Config { items: 0, ..Config::default() },
+            Config { shortest: 100, ..Config::default() },
+            Config { shortest: 900, longest: 800, ..Config::default() },
         ] {
             assert!(config.check().unwrap_err().to_string().contains("builtin."));
         }
