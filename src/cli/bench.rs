@@ -5,6 +5,7 @@ use super::printer::Printer;
 use super::{Status, memory, start_threads, write_json};
 use crate::data::Batch;
 use crate::error::{Error, Result};
+use crate::infer::kv::codec::bench as codec;
 use crate::model::{Decoder, GradientBuffers, Parameters, flops, init::initialize};
 use crate::ops::cpu::bench::{Measurement, Shape, dense, ternary};
 use crate::ops::rng::Stream;
@@ -186,7 +187,13 @@ fn optim(command: &Bench, printer: &Printer) -> Result<Status> {
     Ok(Status::Done)
 }
 
-/// Matrix products of the bench model and of decoding, dense and ternary.
+#[derive(Serialize)]
+struct KernelFigures {
+    products: Vec<Measurement>,
+    codecs: Vec<codec::Figures>,
+}
+
+/// Matrix products of the bench model and of decoding, dense and ternary; then what the cache's codecs cost and lose.
 fn kernels(command: &Bench, printer: &Printer) -> Result<Status> {
     start_threads(None)?;
     let shapes = [(4096, 384, 384), (4096, 384, 1024), (4096, 1024, 384), (256, 384, 8192), (1, 768, 2048), (1, 2048, 8192)];
@@ -198,7 +205,8 @@ fn kernels(command: &Bench, printer: &Printer) -> Result<Status> {
             all.extend(ternary(Shape { m, k, n }, budget));
         }
     });
-    write_json(command.report.json.as_deref(), &all)?;
+    let figures = KernelFigures { products: all, codecs: codec::figures(&[64, 128], Duration::from_millis(20))? };
+    write_json(command.report.json.as_deref(), &figures)?;
     let row = |one: &Measurement| {
         let Shape { m, k, n } = one.shape;
         let numbers = [one.seconds * 1e6, one.gflops, one.gbytes_per_second];
@@ -206,6 +214,15 @@ fn kernels(command: &Bench, printer: &Printer) -> Result<Status> {
         row.extend(numbers.map(|value| format!("{value:.1}")));
         row
     };
-    printer.table(&["kernel", "m x k x n", "us", "GFLOP/s", "GB/s"], &all.iter().map(row).collect::<Vec<_>>())?;
+    printer.table(&["kernel", "m x k x n", "us", "GFLOP/s", "GB/s"], &figures.products.iter().map(row).collect::<Vec<_>>())?;
+    let row = |one: &codec::Figures| {
+        let losses = [one.keys, one.keys_with_outliers, one.values].map(|loss| format!("{loss:.6}"));
+        let times = [one.encode_microseconds, one.decode_microseconds].map(|time| format!("{time:.1}"));
+        let mut row = vec![one.name.to_owned(), one.head_dim.to_string(), format!("{:.2}", one.bytes_per_token)];
+        row.extend(losses.into_iter().chain(times));
+        row
+    };
+    let head = ["cache", "width", "bytes/token", "keys", "keys with outliers", "values", "encode us/page", "decode us/page"];
+    printer.table(&head, &figures.codecs.iter().map(row).collect::<Vec<_>>())?;
     Ok(Status::Done)
 }

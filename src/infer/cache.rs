@@ -3,6 +3,7 @@
 use super::attention::Attention;
 use super::kv::Format;
 use crate::error::{Error, Result};
+use crate::ops::cpu::attention::TILE;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
@@ -52,6 +53,33 @@ impl Options {
     pub(super) fn tolerance(&self) -> f64 {
         self.epsilon.map_or(f64::INFINITY, f64::from)
     }
+}
+
+/// Bytes that a cache of `tokens` takes in memory over `layers`, originals included.
+pub(super) fn bytes(options: &Options, tokens: usize, layers: usize, kv_heads: usize, head_dim: usize) -> Result<f64> {
+    let format = options.format;
+    let token = format.bytes_per_token(kv_heads, head_dim)? + format.far_bytes_per_token(kv_heads, head_dim);
+    // Tiles are allocated whole.
+    Ok(tokens.next_multiple_of(TILE) as f64 * layers as f64 * token)
+}
+
+/// Refuses a cache that the machine cannot hold; `available` bytes, where the system tells.
+pub(super) fn check_memory(needed: f64, available: Option<f64>) -> Result<()> {
+    const GIB: f64 = (1u64 << 30) as f64;
+    match available {
+        Some(available) if needed > available => {
+            let cause = format!("the cache takes {:.1} GiB, and {:.1} GiB of memory are free", needed / GIB, available / GIB);
+            Err(Error::input("context", cause).fix("ask for a shorter context or a smaller cache format"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Bytes of memory that can be had without swapping.
+pub(super) fn available_memory() -> Option<f64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.split_whitespace().next()?.parse::<f64>().ok().map(|kib| kib * 1024.0)
 }
 
 /// What has to hold for an output to be accepted without reading originals.
@@ -159,5 +187,34 @@ impl Counters {
         self.meter_exceeded += other.meter_exceeded;
         self.error_sum += other.error_sum;
         self.error_max = self.error_max.max(other.error_max);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn certificates_have_names() {
+        assert!(Certificate::ALL.into_iter().all(|certificate| certificate.to_string().parse::<Certificate>().unwrap() == certificate));
+        assert!("soft".parse::<Certificate>().is_err());
+    }
+
+    #[test]
+    fn too_large_a_cache_is_refused() {
+        let needed = bytes(&Format::F16.into(), 1 << 20, 32, 8, 128).unwrap();
+        assert_eq!(needed, f64::from(1 << 20) * 32.0 * 8.0 * 512.0);
+        assert!(check_memory(needed, Some(needed - 1.0)).unwrap_err().to_string().contains("128.0 GiB"));
+        assert!(check_memory(needed, Some(needed)).is_ok() && check_memory(needed, None).is_ok());
+        let coded = bytes(&Format::Coded("int8-int4").into(), 64, 1, 1, 128).unwrap();
+        assert!(coded > 64.0 * 512.0 && coded <= 64.0 * (512.0 + 219.0));
+    }
+
+    #[test]
+    fn counters_add_up() {
+        let one = Counters { hard: 1, bound_max: 0.5, bound_sum: 0.5, ..Counters::default() };
+        let mut sum = Counters { dense: 2, bound_max: 0.2, bound_sum: 0.2, ..Counters::default() };
+        sum.add(&one);
+        assert_eq!((sum.head_steps(), sum.bound_max, sum.bound_sum), (3, 0.5, 0.7));
     }
 }

@@ -1,7 +1,7 @@
 //! The decoder over stored weights on the CPU. Every floating-point operation is the training forward's own kernel, applied in the same order
 //! as in `model::decoder`, so with an f32 cache the logits have the same bits, however a sequence is cut into calls.
 
-use super::cache::{Counters, Options};
+use super::cache::{self, Counters, Options};
 use super::kv::{self, Queries, Store};
 use super::linear::{Codes, Linear, products};
 use super::model::{Model, Sequence};
@@ -269,6 +269,8 @@ impl Model for Decoder {
 
     fn sequence<'m>(&'m self, options: &Options, capacity: usize) -> Result<Box<dyn Sequence + 'm>> {
         let spec = &self.spec;
+        let bytes = cache::bytes(options, capacity, spec.layers, spec.kv_heads, spec.head_dim)?;
+        cache::check_memory(bytes, cache::available_memory())?;
         Ok(Box::new(CpuSequence {
             decoder: self,
             rope: RotaryTable::new(spec.head_dim, spec.rope_theta, capacity),

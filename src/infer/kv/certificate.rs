@@ -22,6 +22,8 @@
 //! | I, J | logit and output with subtractive dither, with a probability | [`dithered_score_error`], [`dithered_value_error`], [`dithered_key_error`] |
 
 mod dithered;
+#[cfg(test)]
+mod heads;
 mod meter;
 mod output;
 mod score;
@@ -32,7 +34,7 @@ mod trials;
 mod unread;
 mod variation;
 
-pub use dithered::{dithered_key_error, dithered_score_error, dithered_value_error};
+pub use dithered::{dithered_key_error, dithered_score_error, dithered_value_error, uniform_score_variance};
 pub use meter::{PageSquares, expected_square};
 pub use output::{PagePart, centred_error, dispersed_error, least_mass, share_of_keys, share_of_values, total_error};
 pub use score::{ball_score, box_score, gamma, grouped_score_error, interval_score_error, radius_score_error, rounding};

@@ -4,17 +4,30 @@
 //! errors measured when the page was made, by decoding it, and rounded up. That is why a codec needs no proof to be trusted.
 
 mod affine;
+pub mod bench;
+mod bits;
 pub mod certificate;
+mod codebook;
+mod fp8;
 mod half;
 mod int8_int4;
+mod oscar;
+mod rotation;
 #[cfg(test)]
 mod tests;
+mod turboquant;
 
 pub use certificate::Certificate;
+pub use codebook::Codebook;
+pub use fp8::{Fp8, Fp8Layout};
 pub use int8_int4::{Int8Int4, Layout};
+pub use oscar::Oscar;
+pub use rotation::Rotation;
+pub use turboquant::{Part, TurboQuant};
 
 use crate::error::{Error, Result};
-use crate::ops::cpu::attention::TILE;
+use crate::multiversion;
+use crate::ops::cpu::attention::{TILE, padded};
 use ::half::f16;
 
 /// A way to store a page. All methods take pages of [`Codec::page_bytes`] bytes made by [`Codec::encode`] of the same codec.
@@ -41,7 +54,7 @@ pub trait Codec: Send + Sync {
 
     /// At least max_t |q . (k_t - khat_t)| / sqrt(head_dim) over the page; the rounding of a score's own sum is not included.
     fn score_error(&self, page: &[u8], query: &[f32]) -> f32 {
-        Certificate::read(page).score_error(query)
+        Certificate::read(page).score_error(query, f32::INFINITY)
     }
 
     /// At least max_t norm(v_t - vhat_t).
@@ -69,7 +82,8 @@ pub trait Codec: Send + Sync {
 }
 
 /// Names of all codecs, as `--kv` spells them.
-pub const NAMES: [&str; 1] = ["int8-int4"];
+pub const NAMES: [&str; 8] =
+    ["fp8", "int8-int4", "turboquant-2", "turboquant-2.5", "turboquant-3", "turboquant-3.5", "turboquant-4", "oscar-2"];
 
 /// The widest head that codecs take: far beyond any model, so that tables made for a width stay small.
 const WIDEST: usize = 1024;
@@ -81,11 +95,13 @@ pub fn codec(name: &str, head_dim: usize) -> Result<Box<dyn Codec>> {
         return Err(Error::input("kv", cause).fix("choose f32 or f16"));
     }
     Ok(match name {
+        "fp8" => Box::new(Fp8::new(head_dim)),
         "int8-int4" => Box::new(Int8Int4::new(head_dim)),
-        _ => {
+        "oscar-2" => Box::new(Oscar::new(head_dim)),
+        _ => Box::new(TurboQuant::by_name(name, head_dim).ok_or_else(|| {
             let advice = format!("choose one of {}", NAMES.join(", "));
-            return Err(Error::input("kv", format!("there is no quantized cache format {name:?}")).fix(advice));
-        }
+            Error::input("kv", format!("there is no quantized cache format {name:?}")).fix(advice)
+        })?),
     })
 }
 
@@ -101,4 +117,24 @@ fn transposed(rows: &[f32], width: usize) -> Vec<f32> {
         row.iter().enumerate().for_each(|(channel, x)| out[channel * TILE + token] = *x);
     }
     out
+}
+
+multiversion! {
+    /// Channels `[head_dim, 64]` as a value tile, `[64, padded(head_dim)]`, by squares that stay in the nearest cache.
+    fn store_values(channels: &[f32], head_dim: usize, tile: &mut [f32]) {
+        const SIDE: usize = 16;
+        let width = padded(head_dim);
+        for (first, rows) in channels.chunks(SIDE * TILE).enumerate() {
+            for token in (0..TILE).step_by(SIDE) {
+                let mut square = [[0.0; SIDE]; SIDE];
+                for (line, row) in square.iter_mut().zip(rows.as_chunks::<TILE>().0) {
+                    line.copy_from_slice(&row[token..token + SIDE]);
+                }
+                for within in 0..SIDE {
+                    let line: [f32; SIDE] = std::array::from_fn(|row| square[row][within]);
+                    tile[(token + within) * width + first * SIDE..][..SIDE].copy_from_slice(&line);
+                }
+            }
+        }
+    }
 }

@@ -10,6 +10,7 @@ use crate::infer::attention::{GroupQuery, PageTable};
 use crate::multiversion;
 use crate::ops::cpu::attention::{KeyValueTiles, TILE, TileSet};
 use crate::ops::cpu::reduce::{self, LANES};
+use crate::ops::cpu::scratch::Scratch;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
@@ -298,7 +299,7 @@ impl PageTable for Before<'_> {
 
     fn score_bounds(&self, page: usize, query: &GroupQuery<'_>, bounds: &mut [f32]) {
         let head_dim = self.pages.head_dim;
-        let mut corners = vec![0.0; 2 * head_dim];
+        let mut corners = Scratch::take(2 * head_dim);
         let (low, high) = corners.split_at_mut(head_dim);
         match &self.pages.codec {
             Some(codec) if !self.pages.kept.boxes => {

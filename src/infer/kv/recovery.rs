@@ -29,12 +29,16 @@ pub(super) struct Group<'a> {
 }
 
 /// Which originals of a page would be read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Part {
     Keys,
     Values,
     /// Of a page that was not read at all.
     Both,
+}
+
+impl Part {
+    const ALL: [Self; 3] = [Self::Keys, Self::Values, Self::Both];
 }
 
 /// A line whose certificate falls short.
@@ -145,66 +149,77 @@ fn recover(group: &Group<'_>, mut short: Vec<Short>, finals: &mut [Assessment], 
 /// The shortest list of originals that should bring every line's certificate within epsilon, `promoted` included; none when it is not
 /// worth its bytes or nothing would help.
 fn plan(group: &Group<'_>, short: &[Short], promoted: &Promoted) -> Option<Promoted> {
-    let mut needs = vec![];
-    for Short { assessment, .. } in short {
-        let allowed = group.options.tolerance() * assessment.norm;
-        let metered = group.options.certificate == Certificate::Metered;
-        // Rounding cannot be promoted away.
-        let aim = AIM * if metered { allowed } else { allowed - assessment.rounding };
-        if aim.is_nan() || aim <= 0.0 || !assessment.bound.is_finite() {
-            return None;
-        }
-        needs.push(Need { aim, metered, rest: assessment.items.iter().map(|item| item.amounts(metered)).fold((0.0, 0.0), plus) });
+    let mut needs = short.iter().map(|short| Need::new(group, &short.assessment)).collect::<Option<Vec<Need>>>()?;
+    // What each choice gains, in units of the allowed errors and per half page: by page and part.
+    let mut gains = vec![0.0; group.own * Part::ALL.len()];
+    for need in &needs {
+        gains.iter_mut().zip(&need.amounts).for_each(|(gain, amount)| *gain += need.gain(*amount));
     }
-    let mut order: Vec<(f64, usize, Part)> = vec![];
-    for (Short { assessment, .. }, need) in short.iter().zip(&needs) {
-        for item in &assessment.items {
-            let (linear, squares) = item.amounts(need.metered);
-            let gain = (linear + if need.rest.1 > 0.0 { METERS * squares / need.rest.1.sqrt() } else { 0.0 }) / need.aim;
-            let gain = if item.part == Part::Both { gain / 2.0 } else { gain };
-            match order.iter_mut().find(|(_, page, part)| (*page, *part) == (item.page, item.part)) {
-                Some((sum, ..)) => *sum += gain,
-                None => order.push((gain, item.page, item.part)),
-            }
-        }
-    }
-    order.sort_by(|a, b| b.0.total_cmp(&a.0).then((a.1, a.2).cmp(&(b.1, b.2))));
+    gains.iter_mut().skip(Part::Both as usize).step_by(Part::ALL.len()).for_each(|gain| *gain /= 2.0);
+    let mut order: Vec<usize> = (0..gains.len()).filter(|choice| gains[*choice] > 0.0).collect();
+    order.sort_by(|a, b| gains[*b].total_cmp(&gains[*a]).then(a.cmp(b)));
     let mut more = promoted.clone();
-    for (_, page, part) in order {
+    for choice in order {
         if needs.iter().all(Need::is_met) {
             break;
         }
+        let (page, part) = (choice / Part::ALL.len(), Part::ALL[choice % Part::ALL.len()]);
         if part != Part::Values {
             more.keys.insert(page);
         }
         if part != Part::Keys {
             more.values.insert(page);
         }
-        for (Short { assessment, .. }, need) in short.iter().zip(&mut needs) {
-            let taken = assessment.items.iter().find(|item| (item.page, item.part) == (page, part)).map(|item| item.amounts(need.metered));
-            need.rest = plus(need.rest, taken.map_or((0.0, 0.0), |(linear, squares)| (-linear, -squares)));
-        }
+        needs.iter_mut().for_each(|need| need.take(choice));
     }
-    let enough = (more.keys.len() + more.values.len()) as f64 > 2.0 * MOST * group.own as f64;
-    if enough { None } else { Some(more) }
+    let too_many = (more.keys.len() + more.values.len()) as f64 > 2.0 * MOST * group.own as f64;
+    if too_many { None } else { Some(more) }
 }
 
 /// What one line still has to lose.
 struct Need {
     aim: f64,
-    metered: bool,
-    /// Error that adds up, and squared error.
-    rest: (f64, f64),
+    /// Error that adds up.
+    linear: f64,
+    /// Squared error, of which the meter is the root.
+    square: f64,
+    /// What every choice takes from both, by page and part.
+    amounts: Vec<(f64, f64)>,
 }
 
 impl Need {
-    fn is_met(&self) -> bool {
-        self.rest.0 + METERS * self.rest.1.max(0.0).sqrt() <= self.aim
+    /// None when promoting cannot help.
+    fn new(group: &Group<'_>, assessment: &Assessment) -> Option<Self> {
+        let allowed = group.options.tolerance() * assessment.norm;
+        let metered = group.options.certificate == Certificate::Metered;
+        // Rounding cannot be promoted away; the meter does not count it.
+        let aim = AIM * if metered { allowed } else { allowed - assessment.rounding };
+        if aim.is_nan() || aim <= 0.0 || !assessment.bound.is_finite() {
+            return None;
+        }
+        let mut need = Self { aim, linear: 0.0, square: 0.0, amounts: vec![(0.0, 0.0); group.own * Part::ALL.len()] };
+        for item in &assessment.items {
+            let (linear, square) = item.amounts(metered);
+            need.amounts[item.page * Part::ALL.len() + item.part as usize] = (linear, square);
+            (need.linear, need.square) = (need.linear + linear, need.square + square);
+        }
+        Some(need)
     }
-}
 
-fn plus(a: (f64, f64), b: (f64, f64)) -> (f64, f64) {
-    (a.0 + b.0, a.1 + b.1)
+    /// Share of what has to go that a choice takes away, squares by their share of the meter.
+    fn gain(&self, (linear, square): (f64, f64)) -> f64 {
+        let metered = if self.square > 0.0 { METERS * square / self.square.sqrt() } else { 0.0 };
+        (linear + metered) / self.aim
+    }
+
+    fn take(&mut self, choice: usize) {
+        let (linear, square) = self.amounts[choice];
+        (self.linear, self.square) = (self.linear - linear, self.square - square);
+    }
+
+    fn is_met(&self) -> bool {
+        self.linear + METERS * self.square.max(0.0).sqrt() <= self.aim
+    }
 }
 
 /// Checks originals that have not been promoted before.

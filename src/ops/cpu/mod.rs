@@ -11,7 +11,7 @@ pub mod math;
 pub mod norm;
 pub mod reduce;
 pub mod rope;
-mod scratch;
+pub(crate) mod scratch;
 pub mod ternary;
 #[cfg(test)]
 pub(crate) mod testing;

@@ -40,15 +40,21 @@ impl Certificate {
         Self { key_radius: field(0), value_error: field(1), key_mean_square: field(2), value_mean_square: field(3) }
     }
 
-    /// By Cauchy and Schwarz, norm(q) max_t norm(k_t - khat_t) / sqrt(d); turning the query does not change it.
-    pub fn score_error(&self, query: &[f32]) -> f32 {
-        let bound = (sum_of_squares(query) / query.len() as f32).sqrt() * self.key_radius * SUM_SLACK;
-        // No error for a query of zeros, unless the page holds what is not finite: 0 * inf.
-        if bound.is_nan() { f32::INFINITY } else { bound }
+    /// The smaller of two bounds of max_t |q . (k_t - khat_t)| / sqrt(d): norm(q) key_radius / sqrt(d), which turning the query does not
+    /// change, and `interval`, a bound from ranges of channels where the codec has one (infinity where not).
+    pub fn score_error(&self, query: &[f32], interval: f32) -> f32 {
+        // Only the radius knows of numbers that were not finite, for which no range holds.
+        if !self.key_radius.is_finite() {
+            return f32::INFINITY;
+        }
+        ((sum_of_squares(query) / query.len() as f32).sqrt() * self.key_radius * SUM_SLACK).min(interval)
     }
 
     /// Variance of q . (k_t - khat_t) / sqrt(d) when the error has no preferred direction: norm(q)^2 E norm(k - khat)^2 / d^2.
     pub fn score_variance(&self, query: &[f32]) -> f32 {
+        if !self.key_mean_square.is_finite() {
+            return f32::INFINITY;
+        }
         let width = query.len() as f32;
         sum_of_squares(query) * self.key_mean_square / (width * width)
     }

@@ -129,9 +129,7 @@ impl Codec for Int8Int4 {
     fn score_error(&self, page: &[u8], query: &[f32]) -> f32 {
         let Layout { key_scales, key_zeros, .. } = self.layout.clone();
         let interval = interval_error(query, &page[key_scales], &page[key_zeros]) / (query.len() as f32).sqrt() * SUM_SLACK;
-        let ball = Certificate::read(page).score_error(query);
-        // The ball alone knows of numbers that were not finite.
-        if ball.is_finite() { ball.min(interval) } else { ball }
+        Certificate::read(page).score_error(query, interval)
     }
 
     fn key_box(&self, page: &[u8], low: &mut [f32], high: &mut [f32]) -> bool {

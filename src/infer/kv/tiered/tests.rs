@@ -292,3 +292,36 @@ fn contradictions_are_refused() {
     assert!(refused(Options { attention: Attention::TopK(TopK::default()), ..Options::default() }).contains("f32"));
     assert!(store(&Format::Coded("int8-int4").into(), 0, 1, 7).is_err());
 }
+
+#[test]
+#[ignore = "speed"]
+fn cache_speed() {
+    let (heads, kv_heads, head_dim) = (8usize, 2usize, 128usize);
+    let cases: Vec<(&str, Options)> = vec![
+        ("f16", Format::F16.into()),
+        ("int8-int4", Format::Coded("int8-int4").into()),
+        ("int8-int4 measured", Options { epsilon: Some(f32::INFINITY), ..Format::Coded("int8-int4").into() }),
+        ("f16 top-k=32", Options { attention: "top-k=32".parse().unwrap(), ..Format::F16.into() }),
+        ("int8-int4 top-k=32", Options { attention: "top-k=32".parse().unwrap(), ..Format::Coded("int8-int4").into() }),
+    ];
+    for tokens in [8192usize, 32768] {
+        for (name, options) in &cases {
+            let mut store = store(options, 2, kv_heads, head_dim).unwrap();
+            let mut stream = Stream::new(1, "speed");
+            let block: Vec<f32> = (0..4096 * kv_heads * head_dim).map(|_| stream.normal() as f32).collect();
+            for _ in 0..tokens / 4096 {
+                store.append(&block, &block);
+            }
+            let q: Vec<f32> = (0..heads * head_dim).map(|_| stream.normal() as f32).collect();
+            let mut out = vec![0.0; q.len()];
+            let mut best = f64::MAX;
+            for _ in 0..12 {
+                let start = std::time::Instant::now();
+                store.attend(Queries { q: &q, heads, kv_heads, head_dim, first_position: tokens - 1 }, &mut out).unwrap();
+                best = best.min(start.elapsed().as_secs_f64());
+            }
+            let bytes = options.format.bytes_per_token(kv_heads, head_dim).unwrap() * tokens as f64;
+            println!("{tokens:>7} {name:<20} {:>8.3} ms  {:>6.2} GB/s", best * 1e3, bytes / best / 1e9);
+        }
+    }
+}
