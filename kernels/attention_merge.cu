@@ -90,7 +90,7 @@ extern "C" __global__ void __launch_bounds__(128)
     summary[0] = mass > 0 ? (maximum + log2f(mass)) * LN_2 : -INFINITY;
     summary[1] = bound;
     summary[2] = norm;
-    summary[3] = mass_low * inverse;
+    summary[3] = mass > 0 ? mass_low / mass : 1.0f;
     summary[4] = sqrtf(fmaxf(norm_squares * inverse - squares, 0.0f));
     summary[5] = value_term;
     summary[6] = key_term;

@@ -48,7 +48,7 @@ template <class... P> inline void call(void (*kernel)(P...), void **args) { call
 
 // Runs a launch; 0, or 1 with what went wrong in `message`.
 inline int launch(const Request *request, Machine::Body body, char *message, std::size_t capacity) {
-    // a pointer: the static thread-local memory that all loaded libraries share is small
+    // Behind a pointer: the libraries of all kernels share little room for thread-local variables.
     static thread_local std::unique_ptr<Machine> machine;
     if (!machine) machine.reset(new Machine);
     const std::string error = machine->run(*request, body);

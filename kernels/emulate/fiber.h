@@ -68,7 +68,11 @@ public:
     Stack(Stack &&other) noexcept : base_(std::exchange(other.base_, nullptr)), page_(other.page_) {}
     Stack(const Stack &) = delete;
     ~Stack() {
-        if (base_) munmap(base_ - page_, size + page_);
+        if (!base_) return;
+#if defined(EMULATE_ADDRESS_SANITIZER)
+        ASAN_UNPOISON_MEMORY_REGION(base_, size);  // for whoever is given these addresses next
+#endif
+        munmap(base_ - page_, size + page_);
     }
     char *base() const { return base_; }
 

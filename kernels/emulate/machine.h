@@ -98,8 +98,8 @@ public:
     dim3 block_size() const { return block_; }
     uint3 block_index() const { return block_index_; }
 
-    // Waits for every thread of the block.
-    void barrier(Site site);
+    // Waits for every thread of the block; how many of them voted.
+    unsigned barrier(bool vote, Site site);
     // Posts `bytes` and waits for the lanes of `mask`.
     std::shared_ptr<Meeting> meet(const char *what, unsigned mask, const void *posted, std::size_t bytes, Site site);
     // Reports a defect of the kernel and ends the launch.
@@ -161,6 +161,7 @@ private:
     std::size_t static_bytes_ = 0;
     Shadow shadow_;
     std::uint32_t epoch_ = 0;
+    unsigned votes_[2] = {0, 0};  // of this barrier and the one before
     std::uint64_t state_ = 0;
     std::string error_;
 };
@@ -211,10 +212,10 @@ inline std::string Machine::run(const Request &request, Body body) {
 
 inline void Machine::prepare_block() {
     std::memset(shared_.get(), 0xff, dynamic_at + request_->shared_bytes);
-    shadow_.forget_promises(dynamic_at + request_->shared_bytes);
+    shadow_.begin(++epoch_, dynamic_at + request_->shared_bytes);
     declared_.clear();
     static_bytes_ = 0;
-    ++epoch_;
+    votes_[epoch_ % 2] = 0;
     warps_.clear();
     for (unsigned first = 0; first < count_; first += 32) warps_.push_back({first, std::min(32u, count_ - first), 1, 0, {}});
     for (unsigned linear = 0; linear < count_; ++linear) {
@@ -299,15 +300,18 @@ inline bool Machine::open_barrier() {
         }
     }
     for (Thread &thread : threads_) thread.state = Thread::ready;
-    ++epoch_;
+    votes_[++epoch_ % 2] = 0;
     return true;
 }
 
-inline void Machine::barrier(Site site) {
+inline unsigned Machine::barrier(bool vote, Site site) {
+    unsigned &votes = votes_[epoch_ % 2];
+    votes += vote ? 1 : 0;
     thread_->state = Thread::at_barrier;
     thread_->site = site;
     thread_->what = "__syncthreads";
     leave();
+    return votes;
 }
 
 inline std::shared_ptr<Meeting> Machine::meet(const char *what, unsigned mask, const void *posted, std::size_t bytes, Site site) {
@@ -402,10 +406,11 @@ inline unsigned char *Machine::static_shared(const void *key, std::size_t bytes)
 inline void Machine::touch(const void *at, std::size_t bytes, Access access) {
     const auto offset = static_cast<std::size_t>(static_cast<const unsigned char *>(at) - shared_.get());
     const Conflict conflict = shadow_.note(offset, bytes, access, now());
-    if (!conflict.kind) return;
+    if (conflict.kind == Conflict::none) return;
     const bool dynamic = offset >= dynamic_at;
-    fail("race: %s %s (%s shared memory, byte %zu)", conflict.kind, name(conflict.other).c_str(), dynamic ? "dynamic" : "static",
-         dynamic ? offset - dynamic_at : offset);
+    const std::string other = conflict.kind == Conflict::unwritten ? "" : " " + name(conflict.other);
+    fail("%s: %s%s (%s shared memory, byte %zu)", other.empty() ? "unwritten" : "race", conflict.text(access), other.c_str(),
+         dynamic ? "dynamic" : "static", dynamic ? offset - dynamic_at : offset);
 }
 
 inline void Machine::copy_later(void *to, const void *from, std::size_t bytes, std::size_t valid) {
@@ -413,7 +418,7 @@ inline void Machine::copy_later(void *to, const void *from, std::size_t bytes, s
     std::memset(copy.data, 0, sizeof copy.data);
     std::memcpy(copy.data, from, valid);
     touch(to, bytes, Access::write);
-    std::memset(to, 0xff, bytes);
+    std::memset(to, 0xff, bytes);  // what is there until it lands
     shadow_.promise(static_cast<std::size_t>(copy.to - shared_.get()), bytes, now());
     thread_->copies.push_back(copy);
 }

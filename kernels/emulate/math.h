@@ -40,30 +40,19 @@ inline float directed(double value, bool up) {
     return near < value ? near : std::nextafter(near, -HUGE_VALF);
 }
 
-// As [directed], for a double `value` that is itself off by a part of sign `rest`.
-inline float directed(double value, double rest, bool up) {
-    if (rest != 0 && std::isfinite(value)) value = std::nextafter(value, rest > 0 ? HUGE_VAL : -HUGE_VAL);
-    return directed(value, up);
-}
-
-inline float sum_directed(double a, double b, bool up) {
-    const double sum = a + b;
-    if (!std::isfinite(sum)) return static_cast<float>(sum);
-    const double part = sum - a;
-    return directed(sum, (a - (sum - part)) + (b - part), up);
-}
+inline float sum_directed(double a, double b, bool up) { return directed(sticky_sum(a, b), up); }
 
 inline float quotient_directed(float a, float b, bool up) {
     const double quotient = static_cast<double>(a) / b;
     if (!std::isfinite(quotient) || quotient == 0) return static_cast<float>(quotient);
     const double rest = -std::fma(quotient, static_cast<double>(b), -static_cast<double>(a));
-    return directed(quotient, b < 0 ? -rest : rest, up);
+    return directed(sticky(quotient, b < 0 ? -rest : rest), up);
 }
 
 inline float root_directed(float a, bool up) {
     const double root = std::sqrt(static_cast<double>(a));
     if (!(root > 0) || std::isinf(root)) return static_cast<float>(root);
-    return directed(root, -std::fma(root, root, -static_cast<double>(a)), up);
+    return directed(sticky(root, -std::fma(root, root, -static_cast<double>(a))), up);
 }
 
 }  // namespace emulate

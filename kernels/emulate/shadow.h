@@ -15,10 +15,21 @@ struct Moment {
 
 enum class Access { read, write, atomic };
 
-// Earlier accesses a new one collides with.
+// Why an access is wrong, and the thread it collides with.
 struct Conflict {
-    const char *kind = nullptr;  // none when null
+    enum { none, unwritten, pending, after_write, after_read } kind = none;
     std::uint16_t other = 0;
+
+    const char *text(Access access) const {
+        const bool reads = access == Access::read;
+        switch (kind) {
+            case unwritten: return "reads what nobody has written";
+            case pending: return reads ? "reads where an asynchronous copy that was not waited for writes, begun by" : "writes where an asynchronous copy that was not waited for writes, begun by";
+            case after_write: return reads ? "reads what was written since the last barrier by" : "writes what was written since the last barrier by";
+            case after_read: return "writes what was read since the last barrier by";
+            default: return "";
+        }
+    }
 };
 
 class Shadow {
@@ -27,12 +38,18 @@ public:
         if (cells_.size() < bytes) cells_.resize(bytes);
     }
 
+    // From here on, what was written before counts as gone.
+    void begin(std::uint32_t epoch, std::size_t bytes) {
+        first_ = epoch;
+        for (std::size_t byte = 0; byte < bytes; ++byte) cells_[byte].pending = 0;
+    }
+
     // Notes an access to bytes [at, at + size) and tells what it races with.
     Conflict note(std::size_t at, std::size_t size, Access access, const Moment &now) {
         Conflict found;
         for (std::size_t byte = at; byte < at + size; ++byte) {
             const Conflict conflict = access == Access::read ? read(cells_[byte], now) : write(cells_[byte], access, now);
-            if (conflict.kind) found = conflict;
+            if (conflict.kind != Conflict::none) found = conflict;
         }
         return found;
     }
@@ -53,11 +70,6 @@ public:
         }
     }
 
-    // Forgets copies that a block left under way.
-    void forget_promises(std::size_t bytes) {
-        for (std::size_t byte = 0; byte < bytes; ++byte) cells_[byte].pending = 0;
-    }
-
 private:
     struct Cell {
         Moment writer, reader;
@@ -72,10 +84,11 @@ private:
         return before.thread / 32 == now.thread / 32 && before.warp < now.warp;
     }
 
-    static Conflict read(Cell &cell, const Moment &now) {
+    Conflict read(Cell &cell, const Moment &now) const {
         Conflict found;
-        if (cell.pending) found = {"reads what an asynchronous copy that was not waited for writes, begun by", static_cast<std::uint16_t>(cell.pending - 1)};
-        else if (!ordered(cell.writer, now)) found = {"reads what was written since the last barrier by", cell.writer.thread};
+        if (cell.pending) found = {Conflict::pending, static_cast<std::uint16_t>(cell.pending - 1)};
+        else if (cell.writer.block < first_) found = {Conflict::unwritten, now.thread};
+        else if (!ordered(cell.writer, now)) found = {Conflict::after_write, cell.writer.thread};
         const bool same_warp = cell.reader.thread / 32 == now.thread / 32;
         if (cell.reader.block != now.block || (same_warp && !cell.warps && cell.reader.warp < now.warp)) {
             cell.many = cell.warps = false;
@@ -87,12 +100,13 @@ private:
         return found;
     }
 
-    static Conflict write(Cell &cell, Access access, const Moment &now) {
+    Conflict write(Cell &cell, Access access, const Moment &now) const {
         Conflict found;
-        if (cell.pending) found = {"writes what an asynchronous copy that was not waited for writes, begun by", static_cast<std::uint16_t>(cell.pending - 1)};
-        else if (!ordered(cell.writer, now) && !(access == Access::atomic && cell.atomic))
-            found = {"writes what was written since the last barrier by", cell.writer.thread};
-        else if (!after_readers(cell, now)) found = {"writes what was read since the last barrier by", cell.reader.thread};
+        const bool both_atomic = access == Access::atomic && cell.atomic;
+        if (cell.pending) found = {Conflict::pending, static_cast<std::uint16_t>(cell.pending - 1)};
+        else if (access == Access::atomic && cell.writer.block < first_) found = {Conflict::unwritten, now.thread};
+        else if (!ordered(cell.writer, now) && !both_atomic) found = {Conflict::after_write, cell.writer.thread};
+        else if (!after_readers(cell, now)) found = {Conflict::after_read, cell.reader.thread};
         cell.writer = now;
         cell.atomic = access == Access::atomic;
         return found;
@@ -105,6 +119,7 @@ private:
         return cell.reader.warp < now.warp || (!cell.many && cell.reader.thread == now.thread);
     }
 
+    std::uint32_t first_ = 0;
     std::vector<Cell> cells_;
 };
 

@@ -79,15 +79,17 @@ inline std::uint16_t narrow(double value, int mantissa, int width, Rounding roun
     return static_cast<std::uint16_t>(sign | ((field << mantissa) + static_cast<int>(whole)));
 }
 
-// Exact sum of a product and a term, left with a sticky last bit so that one more rounding cannot go wrong.
-inline double sticky_fma(double a, double b, double c) {
-    const double product = a * b;  // exact: both factors have at most 11 bits
-    const double sum = product + c;
-    if (!std::isfinite(sum)) return sum;
-    const double part = sum - product;
-    const double rest = (product - (sum - part)) + (c - part);
-    if (rest == 0 || (bits<std::uint64_t>(sum) & 1)) return sum;
-    return std::nextafter(sum, rest > 0 ? HUGE_VAL : -HUGE_VAL);
+// The exact value `near + rest`, of which `near` is the nearest double: left with an odd last bit unless it is exact, so that one more
+// rounding, in whatever direction, goes where the exact value would.
+inline double sticky(double near, double rest) {
+    if (rest == 0 || !std::isfinite(near) || (bits<std::uint64_t>(near) & 1)) return near;
+    return std::nextafter(near, rest > 0 ? HUGE_VAL : -HUGE_VAL);
+}
+
+// The exact sum, made ready for one more rounding.
+inline double sticky_sum(double a, double b) {
+    const double sum = a + b, part = sum - a;
+    return std::isfinite(sum) ? sticky(sum, (a - (sum - part)) + (b - part)) : sum;
 }
 
 }  // namespace emulate
@@ -182,7 +184,8 @@ inline __half __hsub(__half a, __half b) { return __float2half_rn(__half2float(a
 inline __half __hmul(__half a, __half b) { return __float2half_rn(__half2float(a) * __half2float(b)); }
 inline __half __hdiv(__half a, __half b) { return __float2half_rn(__half2float(a) / __half2float(b)); }
 inline __half __hfma(__half a, __half b, __half c) {
-    const double sum = emulate::sticky_fma(__half2float(a), __half2float(b), __half2float(c));
+    const double product = static_cast<double>(__half2float(a)) * __half2float(b);  // exact
+    const double sum = emulate::sticky_sum(product, __half2float(c));
     return __ushort_as_half(emulate::narrow(sum, 10, 5, emulate::Rounding::nearest));
 }
 inline __half __hneg(__half a) { return __ushort_as_half(static_cast<unsigned short>(a.raw ^ 0x8000)); }

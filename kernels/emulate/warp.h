@@ -12,14 +12,17 @@
 #define gridDim (::emulate::Machine::current().grid_size())
 constexpr int warpSize = 32;
 
-inline void __syncthreads(emulate::Site site = emulate::Site::here(__builtin_FILE(), __builtin_LINE())) {
-    emulate::Machine::current().barrier(site);
+#define EMULATE_SITE emulate::Site site = emulate::Site::here(__builtin_FILE(), __builtin_LINE())
+
+inline void __syncthreads(EMULATE_SITE) { emulate::Machine::current().barrier(false, site); }
+inline int __syncthreads_count(int predicate, EMULATE_SITE) {
+    return static_cast<int>(emulate::Machine::current().barrier(predicate != 0, site));
 }
+inline int __syncthreads_or(int predicate, EMULATE_SITE) { return emulate::Machine::current().barrier(predicate != 0, site) != 0; }
+inline int __syncthreads_and(int predicate, EMULATE_SITE) { return emulate::Machine::current().barrier(predicate == 0, site) == 0; }
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 [[noreturn]] inline void __trap() { emulate::Machine::current().fail("__trap"); }
-
-#define EMULATE_SITE emulate::Site site = emulate::Site::here(__builtin_FILE(), __builtin_LINE())
 
 namespace emulate {
 

@@ -5,8 +5,8 @@
 
 pub mod attention;
 pub mod cpu;
-pub mod cuda;
 pub mod cross_entropy;
+pub mod cuda;
 pub mod embedding;
 pub mod gated;
 pub mod host;

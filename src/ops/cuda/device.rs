@@ -24,6 +24,15 @@ pub trait Device: Send + Sync + Sized {
     /// The device in words, for messages and reports.
     fn describe(&self) -> String;
 
+    /// How many multiprocessors run blocks side by side.
+    fn multiprocessors(&self) -> u32;
+
+    /// Bytes of the device's own memory: free, and in all.
+    ///
+    /// # Errors
+    /// When the driver does not say.
+    fn room(&self) -> Result<(usize, usize)>;
+
     /// Takes `bytes` bytes, aligned to 256. Their contents are not defined (NaN under emulation).
     ///
     /// # Errors
@@ -171,7 +180,11 @@ impl<D: Device, T: Element> Buffer<D, T> {
 /// An argument of a kernel. Built from `&Buffer`, [`Buffer::at`] or a number, most easily by [`arguments!`](crate::arguments).
 pub enum Arg<'a, D: Device> {
     /// A pointer to byte `at` of an allocation whose elements have `element` bytes (1: bytes that the kernel reads as it likes).
-    Memory { memory: &'a D::Memory, at: usize, element: usize },
+    Memory {
+        memory: &'a D::Memory,
+        at: usize,
+        element: usize,
+    },
     /// The null pointer, for an input that a kernel can do without.
     Null,
     U32(u32),
@@ -241,6 +254,7 @@ pub(super) fn defect(text: impl ToString) -> Error {
 }
 
 /// Checks that `bytes` bytes at `at` lie within an allocation of `size`.
+#[cfg(any(test, feature = "cuda"))]
 pub(super) fn within(size: usize, at: usize, bytes: usize) -> Result<()> {
     match at.checked_add(bytes) {
         Some(end) if end <= size => Ok(()),

@@ -26,6 +26,14 @@ impl Device for Cuda {
         match self.0 {}
     }
 
+    fn multiprocessors(&self) -> u32 {
+        match self.0 {}
+    }
+
+    fn room(&self) -> Result<(usize, usize)> {
+        match self.0 {}
+    }
+
     fn allocate(&self, _: usize, _: Place) -> Result<Self::Memory> {
         match self.0 {}
     }

@@ -74,7 +74,7 @@ pub fn num_splits(shape: &Shape, pages: usize, processors: usize) -> usize {
 pub struct Summary {
     /// ln sum_t e^{s_t}; negative infinity for an empty list.
     pub lse: f32,
-    /// At least norm(output - output with every page exact), rounding of this kernel included; 0 when every page is exact. Not a number
+    /// At least norm(output - output with every page of the list exact), rounding of this kernel included; 0 when every page is exact. Not a number
     /// where a page held what is not finite: accept only what compares as small enough.
     pub bound: f32,
     /// norm(output)
@@ -86,13 +86,15 @@ pub struct Summary {
     /// Share of `bound` (before division by `mass_low`) that the values' errors have, against the keys': any common unit.
     pub value_term: f32,
     pub key_term: f32,
+    /// To be added to `bound` when pages were skipped; 0 until [`super::unread_bound`] has run.
+    pub unread: f32,
 }
 
 impl Summary {
     /// Head `head` of downloaded summaries.
     pub fn of(summaries: &[f32], head: usize) -> Self {
-        let [lse, bound, norm, mass_low, spread, value_term, key_term, _] = summaries.as_chunks::<SUMMARY>().0[head];
-        Self { lse, bound, norm, mass_low, spread, value_term, key_term }
+        let [lse, bound, norm, mass_low, spread, value_term, key_term, unread] = summaries.as_chunks::<SUMMARY>().0[head];
+        Self { lse, bound, norm, mass_low, spread, value_term, key_term, unread }
     }
 }
 
@@ -116,7 +118,7 @@ impl PageFacts {
         Self { log_mass, score_error, mean_square, value_error }
     }
 
-    /// At least the page's part of `summary.bound`:
+    /// The page's part of the error; over all pages these sum to a bound of their own, up to the rounding in `summary.bound`:
     /// (rho e^Delta eta + (e^Delta - 1) sqrt(rho S)) / W_low with sqrt(S) <= sqrt(rho) (sqrt(mean square) + norm(output)).
     pub fn share(&self, summary: &Summary) -> f32 {
         let rho = (self.log_mass - summary.lse).exp();
@@ -156,4 +158,210 @@ pub fn decode<D: Device>(device: &D, shape: &Shape, near: Near, inputs: &DecodeI
 /// Shared memory of a decode block: the queries in two forms, and per warp a piece of keys and one of values.
 fn shared_bytes(width: usize) -> usize {
     64 * width + 128 + WARPS * (144 + 68 * width + 64 * width)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::EXACT;
+    use super::super::reference::attend;
+    use super::super::testing::{Cache, Draw, Tokens, distance, norm};
+    use super::*;
+    use crate::ops::cuda::Emulated;
+
+    /// Everything one decode gave, on the host.
+    struct Answer {
+        output: Vec<f32>,
+        summaries: Vec<f32>,
+        facts: Vec<f32>,
+    }
+
+    /// Decodes `queries` over `pages` (with flag: exact), the last of which is the page under way.
+    fn answer(device: &Emulated, cache: &Cache, queries: &[f32], pages: &[(usize, bool)], splits: usize) -> Answer {
+        let (shape, stride) = (&cache.shape, pages.len() + 2);
+        let mut lists = vec![EXACT | 0xffff; shape.kv_heads * stride];
+        for (kv_head, list) in lists.chunks_mut(stride).enumerate() {
+            list.iter_mut().zip(pages).for_each(|(entry, (page, exact))| *entry = cache.entry(kv_head, *page, *exact));
+        }
+        let last_tokens = pages.last().map_or(0, |(page, _)| (cache.count - page * PAGE).min(PAGE));
+        let inputs = DecodeInputs {
+            queries: &device.upload(queries).unwrap(),
+            exact_pages: &cache.exact,
+            near_pages: &cache.near_pages,
+            lists: &device.upload(&lists).unwrap(),
+            list_stride: stride,
+            list_lengths: &device.upload(&vec![pages.len() as u32; shape.kv_heads]).unwrap(),
+            last_tokens,
+        };
+        let buffers = DecodeBuffers::new(device, shape, stride, splits).unwrap();
+        decode(device, shape, cache.near, &inputs, &buffers).unwrap();
+        let [output, summaries, facts] =
+            [&buffers.output, &buffers.summaries, &buffers.page_facts].map(|buffer| device.download(buffer).unwrap());
+        Answer { output, summaries, facts }
+    }
+
+    /// Compares with attention over what the pages decode to, and with attention over exact pages.
+    fn check(cache: &Cache, queries: &[f32], pages: &[(usize, bool)], answer: &Answer) {
+        let (shape, width) = (&cache.shape, cache.shape.head_dim);
+        for head in 0..shape.heads() {
+            let (seen, exact) = cache.seen(head / shape.group, pages);
+            let query = &queries[head * width..][..width];
+            let output = &answer.output[head * width..][..width];
+            let summary = Summary::of(&answer.summaries, head);
+            let context = format!("{shape:?} {:?} {} tokens, head {head}: {summary:?}", cache.near, cache.count);
+            let (expected, lse) = attend(query, &seen, |_| true);
+            if pages.is_empty() {
+                assert!(output.iter().all(|x| *x == 0.0) && summary.lse == f32::NEG_INFINITY && summary.bound == 0.0, "{context}");
+                continue;
+            }
+            assert!((f64::from(summary.lse) - lse).abs() <= 1e-4, "{context}: lse {lse}");
+            let (truth, _) = attend(query, &exact, |_| true);
+            // Decoded INT4 values pass through halves.
+            let tolerance = if cache.near == Near::Int8Int4 { 5e-4 } else { 1e-5 } * (norm(&expected) + f64::from(summary.spread));
+            let error = distance(output, &expected);
+            assert!(error <= tolerance, "{context}: off by {error} of {}", norm(&expected));
+            assert!((f64::from(summary.norm) - norm(&expected)).abs() <= tolerance, "{context}");
+            let all_exact = cache.near == Near::F16 || pages.iter().all(|(page, exact)| *exact || *page >= cache.count / PAGE);
+            let (error, bound) = (distance(output, &truth), f64::from(summary.bound));
+            if all_exact {
+                assert_eq!((bound, summary.mass_low), (0.0, 1.0), "{context}");
+            } else {
+                assert!(error <= bound, "{context}: error {error}");
+            }
+            check_facts(cache, query, pages, answer, head, lse, error);
+        }
+    }
+
+    fn check_facts(cache: &Cache, query: &[f32], pages: &[(usize, bool)], answer: &Answer, head: usize, lse: f64, error: f64) {
+        let summary = Summary::of(&answer.summaries, head);
+        let (mut shares, mut low, mut value_term, mut key_squares) = (0.0, 0.0, 0.0, 0.0);
+        for (entry, page) in pages.iter().enumerate() {
+            let facts = PageFacts::of(&answer.facts, pages.len() + 2, head, entry);
+            let (seen, exact) = cache.seen(head / cache.shape.group, &[*page]);
+            let (_, mass) = attend(query, &seen, |_| true);
+            assert!((f64::from(facts.log_mass) - mass).abs() <= 1e-4, "{facts:?} {mass}");
+            let scores = |keys: &[f32]| -> Vec<f64> {
+                let score = |key: &[f32]| query.iter().zip(key).map(|(q, k)| f64::from(*q) * f64::from(*k)).sum::<f64>();
+                keys.chunks_exact(query.len()).map(|key| score(key) / (query.len() as f64).sqrt()).collect()
+            };
+            let worst = scores(&seen.keys).iter().zip(scores(&exact.keys)).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+            assert!(worst <= f64::from(facts.score_error), "{worst} {facts:?}");
+            let near = cache.near != Near::F16 && !page.1 && page.0 < cache.count / PAGE;
+            assert!(near || (facts.score_error, facts.value_error) == (0.0, 0.0));
+            shares += f64::from(facts.share(&summary));
+            let (rho, delta) = ((mass - lse).exp(), f64::from(facts.score_error));
+            low += rho * (-delta).exp();
+            value_term += rho * delta.exp() * f64::from(facts.value_error);
+            key_squares += rho * delta.exp_m1().powi(2);
+        }
+        let rounding = 1e-3 * f64::from(summary.norm + summary.spread) * f64::from(summary.mass_low).recip();
+        assert!(error <= shares + rounding, "{shares} {summary:?}");
+        // The bound of the whole list taken as one part; more parts only lower it.
+        let whole = (value_term + key_squares.sqrt() * f64::from(summary.spread)) / low;
+        assert!(f64::from(summary.bound) <= 1.01 * whole + rounding, "{whole} {summary:?}");
+    }
+
+    fn queries(draw: &mut Draw, shape: &Shape) -> Vec<f32> {
+        (0..shape.heads() * shape.head_dim).map(|at| draw.normal() * [0.3, 1.0, 3.0][at / shape.head_dim % 3]).collect()
+    }
+
+    /// All pages in a random order with some exact, the page under way last.
+    fn listed(draw: &mut Draw, cache: &Cache, every: usize) -> Vec<(usize, bool)> {
+        let before = cache.pages().saturating_sub(1);
+        let mut pages: Vec<(usize, bool)> = draw.shuffled(before).into_iter().map(|page| (page, page % every == 1)).collect();
+        pages.extend((cache.pages() > 0).then_some((before, true)));
+        pages
+    }
+
+    fn run(near: Near, cases: &[(usize, usize, usize, usize)]) {
+        let Some(device) = Emulated::new() else { return };
+        let mut draw = Draw::new(11);
+        for &(group, head_dim, count, splits) in cases {
+            let shape = Shape { kv_heads: 1 + count % 2, group, head_dim };
+            let tokens = Tokens::draw(&mut draw, &shape, count);
+            let cache = Cache::new(&device, &mut draw, shape, near, tokens);
+            let queries = queries(&mut draw, &shape);
+            let pages = listed(&mut draw, &cache, 3);
+            check(&cache, &queries, &pages, &answer(&device, &cache, &queries, &pages, splits));
+        }
+    }
+
+    const LENGTHS: [(usize, usize, usize, usize); 16] = [
+        (1, 64, 0, 1),
+        (4, 128, 1, 1),
+        (2, 64, 15, 2),
+        (8, 80, 16, 1),
+        (1, 96, 17, 1),
+        (4, 64, 63, 1),
+        (16, 128, 64, 1),
+        (2, 128, 65, 2),
+        (4, 80, 255, 1),
+        (8, 96, 256, 3),
+        (1, 256, 257, 1),
+        (16, 64, 257, 2),
+        (3, 24, 200, 1),
+        (5, 120, 330, 2),
+        (4, 128, 700, 4),
+        (2, 16, 1000, 64),
+    ];
+
+    #[test]
+    fn exact_pages_over_ragged_shapes() {
+        run(Near::F16, &LENGTHS);
+    }
+
+    #[test]
+    fn fp8_pages_over_ragged_shapes() {
+        run(Near::Fp8, &LENGTHS);
+    }
+
+    #[test]
+    fn int8_int4_pages_over_ragged_shapes() {
+        run(Near::Int8Int4, &LENGTHS);
+    }
+
+    #[test]
+    fn splits_agree() {
+        let Some(device) = Emulated::new() else { return };
+        let (mut draw, shape) = (Draw::new(12), Shape { kv_heads: 1, group: 4, head_dim: 64 });
+        let tokens = Tokens::draw(&mut draw, &shape, 900);
+        let cache = Cache::new(&device, &mut draw, shape, Near::Int8Int4, tokens);
+        let (queries, pages) = (queries(&mut draw, &shape), listed(&mut draw, &cache, 4));
+        let whole = answer(&device, &cache, &queries, &pages, 1);
+        for splits in [2, 3, 7, 32] {
+            let parts = answer(&device, &cache, &queries, &pages, splits);
+            let close = |a: &[f32], b: &[f32], tolerance: f32| a.iter().zip(b).all(|(a, b)| (a - b).abs() <= tolerance * (1.0 + a.abs()));
+            assert!(close(&whole.output, &parts.output, 2e-6), "{splits}");
+            for head in 0..4 {
+                let (one, many) = (Summary::of(&whole.summaries, head), Summary::of(&parts.summaries, head));
+                assert!(close(&[one.lse, one.norm, one.mass_low], &[many.lse, many.norm, many.mass_low], 1e-5), "{one:?} {many:?}");
+                // More parts, a finer Cauchy-Schwarz.
+                assert!(many.bound <= one.bound * (1.0 + 1e-4), "{one:?} {many:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn queries_along_the_worst_channel_stay_bounded() {
+        let Some(device) = Emulated::new() else { return };
+        let device = device.in_order(crate::ops::cuda::Order::Forward);
+        let (mut draw, shape) = (Draw::new(13), Shape { kv_heads: 1, group: 8, head_dim: 32 });
+        for near in [Near::Fp8, Near::Int8Int4] {
+            for trial in 0..12 {
+                let mut tokens = Tokens::draw(&mut draw, &shape, 320);
+                tokens.keys.iter_mut().skip(trial).step_by(32).for_each(|key| *key *= 32.0);
+                let cache = Cache::new(&device, &mut draw, shape, near, tokens);
+                let queries: Vec<f32> =
+                    (0..256).map(|at| if at % 32 == trial { draw.normal() * (at / 32) as f32 } else { draw.normal() * 1e-3 }).collect();
+                let pages = listed(&mut draw, &cache, 7);
+                let answer = answer(&device, &cache, &queries, &pages, 2);
+                for head in 0..8 {
+                    let (_, exact) = cache.seen(0, &pages);
+                    let (truth, _) = attend(&queries[head * 32..][..32], &exact, |_| true);
+                    let error = distance(&answer.output[head * 32..][..32], &truth);
+                    let summary = Summary::of(&answer.summaries, head);
+                    assert!(error <= f64::from(summary.bound), "{near:?} {error} {summary:?}");
+                }
+            }
+        }
+    }
 }

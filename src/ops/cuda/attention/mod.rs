@@ -10,8 +10,8 @@
 mod append;
 mod decode;
 mod layout;
-//mod prefill;
-//mod select;
+mod prefill;
+mod select;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
@@ -20,5 +20,5 @@ mod testing;
 pub use append::{Rows, append, encode};
 pub use decode::{DecodeBuffers, DecodeInputs, PageFacts, Summary, decode, num_splits};
 pub use layout::{EXACT, Near, PAGE, Shape, exact_page, exact_page_bytes, exact_rows};
-//pub use prefill::{PrefillInputs, prefill};
-//pub use select::{BoundsInputs, Selection, page_bounds, select_pages};
+pub use prefill::{PrefillInputs, prefill};
+pub use select::{BoundsInputs, Selection, box_bytes, page_bounds, page_boxes, select_pages, unread_bound};

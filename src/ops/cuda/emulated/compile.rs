@@ -48,7 +48,7 @@ pub(super) fn kernels(folder: &Path) -> Option<&'static Kernels> {
 
 impl Kernels {
     fn open(folder: &Path) -> Option<Self> {
-        let compiler = Compiler::find(folder)?;
+        let compiler = Compiler::find()?;
         let sources: Vec<Source> =
             files(folder, &["cu"], false).into_iter().map(|path| Source { path, library: OnceLock::new() }).collect();
         let mut index = BTreeMap::new();
@@ -96,7 +96,7 @@ impl Source {
 }
 
 impl Compiler {
-    fn find(folder: &Path) -> Option<Self> {
+    fn find() -> Option<Self> {
         let program = std::env::var("CXX").unwrap_or_else(|_| "c++".to_owned());
         let Ok(version) = Command::new(&program).arg("--version").env_remove("LD_PRELOAD").output() else {
             // not eprintln: the message shall be seen although the test passes
@@ -108,7 +108,7 @@ impl Compiler {
         let mut digest = Xxh3::new();
         digest.update(&version.stdout);
         digest.update(flags.join(" ").as_bytes());
-        for header in files(folder, &["cuh", "h"], true) {
+        for header in files(&super::repository_kernels(), &["cuh", "h"], true) {
             digest.update(&fs::read(header).expect("kernel headers are readable"));
         }
         let program_folder = std::env::current_exe().expect("a test program knows its path");

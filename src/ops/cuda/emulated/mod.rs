@@ -10,7 +10,7 @@ mod signature;
 mod tests;
 
 use std::ffi::{CStr, c_char, c_int, c_void};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -57,11 +57,16 @@ pub(crate) struct Emulated {
     busy: Mutex<()>,
 }
 
+/// The folder of all kernels and their headers.
+fn repository_kernels() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels")
+}
+
 impl Emulated {
     /// A device with the kernels of the repository; every launch runs in all three orders and must give the same. None, after a message,
     /// where there is no C++ compiler.
     pub(crate) fn new() -> Option<Self> {
-        Self::with_folder(&Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels"))
+        Self::with_folder(&repository_kernels())
     }
 
     /// The same with the kernels of another folder.
@@ -86,7 +91,8 @@ impl Emulated {
     /// Runs in each order from the same memory, and compares what each leaves behind.
     fn run_orders(&self, run: Run, request: &mut Request, written: &[&Memory]) -> Result<(), String> {
         let mut first: Option<Vec<Vec<u8>>> = None;
-        let before: Vec<Vec<u8>> = if self.orders.len() > 1 { written.iter().map(|memory| memory.contents()).collect() } else { Vec::new() };
+        let before: Vec<Vec<u8>> =
+            if self.orders.len() > 1 { written.iter().map(|memory| memory.contents()).collect() } else { Vec::new() };
         for (at, &order) in self.orders.iter().enumerate() {
             if at > 0 {
                 written.iter().zip(&before).for_each(|(memory, bytes)| memory.set_contents(bytes));
@@ -122,7 +128,9 @@ fn run_once(run: Run, request: &Request) -> Result<(), String> {
 fn compare(first: &[Vec<u8>], second: &[Vec<u8>], one: Order, other: Order) -> Result<(), String> {
     for (buffer, (a, b)) in first.iter().zip(second).enumerate() {
         if let Some(at) = a.iter().zip(b).position(|(a, b)| a != b) {
-            return Err(format!("the results of thread orders {one:?} and {other:?} differ, first at byte {at} of written buffer {buffer}"));
+            return Err(format!(
+                "the results of thread orders {one:?} and {other:?} differ, first at byte {at} of written buffer {buffer}"
+            ));
         }
     }
     Ok(())
@@ -133,6 +141,15 @@ impl Device for Emulated {
 
     fn describe(&self) -> String {
         "kernels emulated on the CPU".to_owned()
+    }
+
+    /// Few, so that work is split and shared unevenly.
+    fn multiprocessors(&self) -> u32 {
+        3
+    }
+
+    fn room(&self) -> Result<(usize, usize)> {
+        Ok((usize::MAX, usize::MAX))
     }
 
     fn allocate(&self, bytes: usize, _: Place) -> Result<Memory> {

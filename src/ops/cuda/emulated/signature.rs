@@ -4,7 +4,11 @@
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Parameter {
     /// A pointer to elements of `size` bytes.
-    Pointer { written: bool, size: usize, alignment: usize },
+    Pointer {
+        written: bool,
+        size: usize,
+        alignment: usize,
+    },
     Unsigned32,
     Signed32,
     Unsigned64,

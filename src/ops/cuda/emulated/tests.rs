@@ -1,38 +1,35 @@
-//! The harness itself: what is right passes in every thread order, and each kind of mistake is caught.
+//! The harness itself: what is right gives the right numbers in every thread order, and each kind of mistake is caught.
+
+use half::{bf16, f16};
 
 use super::*;
-use crate::ops::cuda::{Buffer, arguments};
+use crate::ops::cuda::{Buffer, Element, Emulated, Order, arguments};
+
+mod right;
+mod wrong;
 
 /// A device with the kernels that try the harness.
 fn harness() -> Option<Emulated> {
-    Emulated::with_folder(&Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels/testing"))
+    Emulated::with_folder(&repository_kernels().join("testing"))
 }
 
-#[test]
-fn buffers_are_filled() {
-    let Some(device) = Emulated::new() else { return };
-    let values: Buffer<_, f32> = device.alloc(300).unwrap();
-    assert!(device.download(&values).unwrap().iter().all(|value| value.is_nan()));
-    device.launch("fill_f32", [2, 1, 1], [128, 1, 1], 0, arguments![values.at(10), 2.5f32, 256u32]).unwrap();
-    let host = device.download(&values).unwrap();
-    assert!(host[..10].iter().chain(&host[266..]).all(|value| value.is_nan()));
-    assert!(host[10..266].iter().all(|&value| value == 2.5));
+/// Words that are the same every time.
+fn words(seed: u64) -> impl Iterator<Item = u32> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    std::iter::repeat_with(move || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 32) as u32
+    })
 }
 
-#[test]
-fn block_sums_are_right_in_every_order() {
-    let Some(device) = harness() else { return };
-    let values: Vec<f32> = (0..1000).map(|i| i as f32).collect();
-    let (input, sums) = (device.upload(&values).unwrap(), device.zeros::<f32>(4).unwrap());
-    device.launch("test_block_sum_f32", [4, 1, 1], [256, 1, 1], 0, arguments![&input, &sums, 1000u32]).unwrap();
-    let expected: Vec<f32> = values.chunks(256).map(|part| part.iter().sum()).collect();
-    assert_eq!(device.download(&sums).unwrap(), expected);
+/// Numbers of all sizes that halves have.
+fn halves(seed: u64, count: usize) -> Vec<f16> {
+    words(seed).map(|word| f16::from_bits(word as u16)).filter(|value| value.is_finite()).take(count).collect()
 }
 
-#[test]
-fn a_race_is_caught() {
-    let Some(device) = harness() else { return };
-    let out = device.alloc::<f32>(64).unwrap();
-    let error = device.launch("test_race", [1, 1, 1], [64, 1, 1], 0, arguments![&out]).unwrap_err().to_string();
-    assert!(error.contains("kernel test_race (grid [1, 1, 1]") && error.contains("race: "), "{error}");
+/// Numbers between -1 and 1.
+fn floats(seed: u64, count: usize) -> Vec<f32> {
+    words(seed).map(|word| word as f32 / (1u64 << 31) as f32 - 1.0).take(count).collect()
 }
