@@ -10,8 +10,6 @@ use crate::ops::cpu::attention::TileSet;
 use crate::ops::cuda::attention::{DecodeBuffers, DecodeInputs, PAGE, decode, num_splits};
 use crate::ops::cuda::{Buffer, Device};
 
-const PROCESSORS: usize = 132;
-
 /// The cache of a sequence and what attention over it needs.
 pub(super) struct Attention<D: Device> {
     pub(super) cache: Cache<D>,
@@ -38,7 +36,7 @@ impl<D: Device> Attention<D> {
         }
         let cache = Cache::new(device, spec, options, capacity, pass)?;
         let (shape, pages) = (cache.shape, cache.pages);
-        let splits = num_splits(&shape, pages, PROCESSORS);
+        let splits = num_splits(&shape, pages, device.multiprocessors() as usize);
         Ok(Self {
             buffers: DecodeBuffers::new(device, &shape, pages, splits)?,
             query: device.alloc(shape.heads() * shape.head_dim)?,
