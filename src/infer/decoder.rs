@@ -2,7 +2,7 @@
 //! as in `model::decoder`, so with an f32 cache the logits have the same bits, however a sequence is cut into calls.
 
 use super::cache::{self, Counters, Options};
-use super::kv::{self, Queries, Store};
+use super::kv::{self, Format, Queries, Store};
 use super::linear::{Codes, Linear, products};
 use super::model::{Model, Sequence};
 use crate::error::{Error, Result};
@@ -71,14 +71,7 @@ impl Decoder {
 
     /// Runs `ids` at positions from `first` on and leaves what the head reads, `[ids, dim]`, in `work.normalized`. Keys and values are
     /// appended to `stores`, one per layer.
-    fn forward(
-        &self,
-        ids: &[u32],
-        first: usize,
-        rope: &RotaryTable,
-        stores: &mut [Box<dyn Store>],
-        work: &mut Work,
-    ) -> Result<()> {
+    fn forward(&self, ids: &[u32], first: usize, rope: &RotaryTable, stores: &mut [Box<dyn Store>], work: &mut Work) -> Result<()> {
         let pass = Pass { decoder: self, first, rope };
         work.positions.clear();
         work.positions.extend((first..first + ids.len()).map(|position| position as u32));
@@ -265,6 +258,10 @@ impl Weights<'_> {
 impl Model for Decoder {
     fn logits(&self, hidden: &[f32]) -> Result<Vec<f32>> {
         Ok(self.head_of(hidden))
+    }
+
+    fn exact_cache(&self) -> Format {
+        Format::F32
     }
 
     fn sequence<'m>(&'m self, options: &Options, capacity: usize) -> Result<Box<dyn Sequence + 'm>> {

@@ -2,6 +2,7 @@
 
 use super::cuda::CudaModel;
 use super::decoder::Decoder;
+use super::kv::Format;
 use super::model::Model;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
@@ -103,6 +104,11 @@ impl Engine {
     /// When a device fails; never on the CPU.
     pub fn logits(&self, hidden: &[f32]) -> Result<Vec<f32>> {
         self.model.logits(hidden)
+    }
+
+    /// The most exact cache it has: the bits of training on the CPU, f16 on a device.
+    pub fn exact_cache(&self) -> Format {
+        self.model.exact_cache()
     }
 
     pub(super) fn model(&self) -> &dyn Model {

@@ -1,4 +1,4 @@
-//! Runs models from their files: an engine on the CPU over the bits a file stores, never over trained tensors.
+//! Runs models from their files: an engine over the bits a file stores, never over trained tensors, on the CPU or on a GPU.
 //!
 //! [`Engine`] holds the weights, [`Session`] one sequence with its cache, [`sampler`] chooses tokens and [`generate`] streams text.
 
@@ -20,4 +20,5 @@ mod session;
 pub(crate) mod testing;
 
 pub use engine::{Engine, Size};
+pub use load::Processor;
 pub use session::Session;

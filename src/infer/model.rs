@@ -1,12 +1,16 @@
 //! What an engine asks of the place where its weights are: the CPU or a device.
 
 use super::cache::{Counters, Options};
+use super::kv::Format;
 use crate::error::Result;
 
 /// Weights, ready to run.
 pub(super) trait Model: Send + Sync {
     /// Logits of rows of hidden states (`[rows, dim]`), `[rows, vocab]`.
     fn logits(&self, hidden: &[f32]) -> Result<Vec<f32>>;
+
+    /// The most exact way it has to store keys and values.
+    fn exact_cache(&self) -> Format;
 
     /// An empty sequence of at most `capacity` tokens, which the model's context covers.
     fn sequence<'m>(&'m self, options: &Options, capacity: usize) -> Result<Box<dyn Sequence + 'm>>;

@@ -1,9 +1,10 @@
-//! Attention of a pass over the cache of one layer, token by token: which pages each reads, and what happens where a certificate is asked for.
+//! Attention of a pass over the cache of one layer. Where every page is read and nothing is certified, many tokens go through the tiles of the
+//! prefill kernel; else one by one through the decode kernel, with which pages each reads and what happens where its bound falls short.
 
 use super::cache::Cache;
 use super::recovery::{Reading, certify};
 use crate::error::{Error, Result};
-use crate::infer::attention::GroupQuery;
+use crate::infer::attention::{GroupQuery, PageTable};
 use crate::infer::cache::{Certificate, Counters, Options};
 use crate::model::Spec;
 use crate::ops::cpu::attention::TileSet;
@@ -54,8 +55,20 @@ impl<D: Device> Attention<D> {
     }
 
     /// Attention of `rows` queries that have been appended, the first at position `first`; `[rows, heads * head_dim]` into `out`.
-    pub(super) fn attend(&mut self, device: &D, layer: usize, q: &Buffer<D, f32>, rows: usize, first: usize, out: &Buffer<D, f32>) -> Result<()> {
+    pub(super) fn attend(
+        &mut self,
+        device: &D,
+        layer: usize,
+        q: &Buffer<D, f32>,
+        rows: usize,
+        first: usize,
+        out: &Buffer<D, f32>,
+    ) -> Result<()> {
         let width = self.cache.shape.heads() * self.cache.shape.head_dim;
+        if rows > 1 && !self.options.certifies() && self.options.attention.policy().is_dense_in(layer) {
+            self.count_dense(rows, first)?;
+            return self.cache.prefill(device, layer, q, rows, first, out);
+        }
         for row in 0..rows {
             device.copy(q, row * width, &self.query, 0, width)?;
             match self.attend_token(device, layer, first + row)? {
@@ -81,19 +94,19 @@ impl<D: Device> Attention<D> {
 
     /// What the token at `position` reads.
     fn choose(&self, device: &D, layer: usize, position: usize) -> Result<Reading> {
-        let (shape, own) = (&self.cache.shape, position / PAGE);
-        let policy = self.options.attention.policy();
-        let is_dense = policy.is_dense_in(layer);
-        let mut reading = Reading { layer, own, last_tokens: position % PAGE + 1, queries: vec![], pages: None };
-        if !is_dense {
-            reading.queries = device.download(&self.query)?;
-            let of_head = |(head, queries): (usize, &[f32])| {
-                let query = GroupQuery { queries, head_dim: shape.head_dim };
-                policy.pages(&query, &self.cache.before(own, layer, head))
-            };
-            let pages: Vec<TileSet> = reading.queries.chunks_exact(shape.group * shape.head_dim).enumerate().map(of_head).collect();
-            reading.pages = Some(pages);
+        let (shape, own, policy) = (&self.cache.shape, position / PAGE, self.options.attention.policy());
+        let mut reading = Reading { layer, own, last_tokens: position % PAGE + 1, ..Reading::default() };
+        if policy.is_dense_in(layer) {
+            return Ok(reading);
         }
+        (reading.score_bounds, reading.value_norms) = self.cache.bounds(device, layer, own, &self.query)?;
+        let queries = device.download(&self.query)?;
+        let of_head = |(head, queries): (usize, &[f32])| {
+            let table = Table { bounds: &reading.score_bounds, stride: self.cache.pages, own, first_head: head * shape.group };
+            policy.pages(&GroupQuery { queries, head_dim: shape.head_dim }, &table)
+        };
+        let pages: Vec<TileSet> = queries.chunks_exact(shape.group * shape.head_dim).enumerate().map(of_head).collect();
+        reading.pages = Some(pages);
         Ok(reading)
     }
 
@@ -105,6 +118,11 @@ impl<D: Device> Attention<D> {
         self.counters.pages_seen += (heads * (reading.own + 1)) as u64;
         self.counters.bytes_read += (before * self.cache.near_bytes()? + heads * own_bytes) as u64;
         Ok(())
+    }
+
+    fn count_dense(&mut self, rows: usize, first: usize) -> Result<()> {
+        (first..first + rows)
+            .try_for_each(|position| self.count(&Reading { own: position / PAGE, last_tokens: position % PAGE + 1, ..Reading::default() }))
     }
 
     /// Runs the decode kernel for `self.query` over one list of entries per key-value head.
@@ -129,5 +147,25 @@ impl<D: Device> Attention<D> {
             last_tokens,
         };
         decode(device, &self.cache.shape, self.cache.near, &inputs, &self.buffers)
+    }
+}
+
+/// The pages of one key-value head before a query's own, as policies see them.
+struct Table<'a> {
+    /// `[heads, stride]`
+    bounds: &'a [f32],
+    stride: usize,
+    own: usize,
+    first_head: usize,
+}
+
+impl PageTable for Table<'_> {
+    fn num_pages(&self) -> usize {
+        self.own
+    }
+
+    fn score_bounds(&self, page: usize, _: &GroupQuery<'_>, bounds: &mut [f32]) {
+        let heads = self.bounds.chunks_exact(self.stride).skip(self.first_head);
+        bounds.iter_mut().zip(heads).for_each(|(bound, pages)| *bound = pages[page]);
     }
 }

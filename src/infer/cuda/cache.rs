@@ -5,35 +5,22 @@
 //! its own page exact, however the text is cut into calls.
 
 use crate::error::{Error, Result};
-use crate::infer::attention::{GroupQuery, PageTable};
 use crate::infer::cache::Options;
 use crate::infer::kv::Format;
 use crate::model::Spec;
-use crate::ops::cuda::attention::{self as kernels, EXACT, Near, PAGE, Rows, Shape, exact_page_bytes, exact_rows};
+use crate::ops::cuda::attention::{
+    self as kernels, BoundsInputs, EXACT, Near, PAGE, PrefillInputs, Rows, Shape, box_bytes, exact_page_bytes,
+};
 use crate::ops::cuda::{Buffer, Device, Place, fits};
-
-/// What is known of a full page of one head without reading it.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Facts {
-    /// Least and largest key per channel.
-    low: Vec<f32>,
-    high: Vec<f32>,
-    /// Largest norm of a value.
-    pub(super) value_norm: f64,
-}
-
-impl Facts {
-    /// At least the largest `q . k / sqrt(head_dim)` with a key of the page.
-    pub(super) fn score_bound(&self, query: &[f32]) -> f64 {
-        let corner = |((q, low), high): ((&f32, &f32), &f32)| (f64::from(*q) * f64::from(*low)).max(f64::from(*q) * f64::from(*high));
-        query.iter().zip(&self.low).zip(&self.high).map(corner).sum::<f64>() / (query.len() as f64).sqrt()
-    }
-}
 
 /// One layer's part in the pools.
 struct Layer<D: Device> {
     /// Exact slot of every page, `[kv_heads, pages]`.
     slots: Buffer<D, u32>,
+    /// Its entry once a token follows it.
+    entries: Buffer<D, u32>,
+    /// Its place among coded pages and boxes.
+    places: Buffer<D, u32>,
     /// What dense attention reads, `[kv_heads, pages]`, for queries on page `listed`.
     list: Buffer<D, u32>,
     lengths: Buffer<D, u32>,
@@ -41,8 +28,17 @@ struct Layer<D: Device> {
     positions: usize,
     /// Pages that a token follows.
     full: usize,
-    /// Of these, where they are kept, `[page, kv_head]`.
-    facts: Vec<Facts>,
+}
+
+/// What is known of the pages before a query's own: for every query head a bound of its scores with a page's keys, for every key-value
+/// head a bound of the norms of a page's values.
+pub(super) struct Bounds<D: Device> {
+    /// `[heads, pages]`
+    scores: Buffer<D, f32>,
+    /// `[kv_heads, pages]`
+    norms: Buffer<D, f32>,
+    /// Boxes around keys, `[layer, kv_head, page]`; none where coded pages have them.
+    boxes: Option<Buffer<D, u8>>,
 }
 
 /// The cache of all layers.
@@ -53,7 +49,7 @@ pub(super) struct Cache<D: Device> {
     pub(super) pages: usize,
     /// Exact pages that a head of a layer has: all of them, or those of one pass.
     ring: usize,
-    keeps_facts: bool,
+    bounds: Option<Bounds<D>>,
     layers: Vec<Layer<D>>,
     pub(super) exact: Buffer<D, u8>,
     pub(super) coded: Buffer<D, u8>,
@@ -89,13 +85,18 @@ impl<D: Device> Cache<D> {
         let scratch = if is_coded && options.certifies() { spec.kv_heads * pages } else { 0 };
         let page_bytes = exact_page_bytes(shape.width()?);
         fits(heads * pages + scratch, "pages of the cache")?;
-        let needs_bounds = (0..spec.layers).any(|layer| !options.attention.policy().is_dense_in(layer));
+        let is_sparse = (0..spec.layers).any(|layer| !options.attention.policy().is_dense_in(layer));
         let mut cache = Self {
             shape,
             near,
             pages,
             ring,
-            keeps_facts: needs_bounds && (options.attention.policy().needs_bounds() || options.certifies()),
+            bounds: if is_sparse && (options.attention.policy().needs_bounds() || options.certifies()) {
+                let boxes = (near != Near::Int8Int4).then(|| device.alloc(heads * pages * box_bytes(&shape)?)).transpose()?;
+                Some(Bounds { scores: device.alloc(shape.heads() * pages)?, norms: device.alloc(spec.kv_heads * pages)?, boxes })
+            } else {
+                None
+            },
             layers: vec![],
             exact: device.alloc((heads * ring + scratch) * page_bytes)?,
             coded: device.alloc(if is_coded { heads * pages * near.page_bytes(&shape)? } else { 0 })?,
@@ -103,12 +104,21 @@ impl<D: Device> Cache<D> {
             page_bytes,
         };
         for layer in 0..spec.layers {
-            let table = |entry: &dyn Fn(usize, usize) -> usize| {
-                (0..spec.kv_heads).flat_map(|head| (0..pages).map(move |page| (head, page))).map(|(head, page)| entry(head, page) as u32).collect::<Vec<_>>()
+            let table = |entry: &dyn Fn(usize, usize) -> u32| {
+                let all = (0..spec.kv_heads).flat_map(|head| (0..pages).map(move |page| (head, page)));
+                all.map(|(head, page)| entry(head, page)).collect::<Vec<_>>()
             };
-            let slots = device.upload(&table(&|head, page| cache.exact_slot(layer, head, page)))?;
-            let (list, lengths) = (device.zeros(spec.kv_heads * pages)?, device.zeros(spec.kv_heads)?);
-            cache.layers.push(Layer { slots, list, lengths, listed: None, positions: 0, full: 0, facts: vec![] });
+            let made = Layer {
+                slots: device.upload(&table(&|head, page| cache.exact_slot(layer, head, page) as u32))?,
+                entries: device.upload(&table(&|head, page| cache.entry(layer, head, page)))?,
+                places: device.upload(&table(&|head, page| cache.place(layer, head, page) as u32))?,
+                list: device.zeros(spec.kv_heads * pages)?,
+                lengths: device.zeros(spec.kv_heads)?,
+                listed: None,
+                positions: 0,
+                full: 0,
+            };
+            cache.layers.push(made);
         }
         Ok(cache)
     }
@@ -155,7 +165,14 @@ impl<D: Device> Cache<D> {
     }
 
     /// Appends rows of keys (after RoPE) and values at positions from `first` on, and codes the pages that they finish.
-    pub(super) fn append(&mut self, device: &D, index: usize, [keys, values]: [&Buffer<D, f32>; 2], rows: usize, first: usize) -> Result<()> {
+    pub(super) fn append(
+        &mut self,
+        device: &D,
+        index: usize,
+        [keys, values]: [&Buffer<D, f32>; 2],
+        rows: usize,
+        first: usize,
+    ) -> Result<()> {
         let layer = &self.layers[index];
         let rows_of = Rows { keys, values, count: rows, first_position: first };
         kernels::append(device, &self.shape, &rows_of, &self.exact, &layer.slots, self.pages, 0)?;
@@ -165,54 +182,70 @@ impl<D: Device> Cache<D> {
         self.finish(device, index, before, full)
     }
 
-    /// Codes pages `before..full` of all heads, and notes what is worth knowing of them.
+    /// Codes pages `before..full` of all heads, and puts boxes around their keys.
     fn finish(&mut self, device: &D, index: usize, before: usize, full: usize) -> Result<()> {
         let all: Vec<(usize, usize)> = (before..full).flat_map(|page| (0..self.shape.kv_heads).map(move |head| (head, page))).collect();
         if all.is_empty() {
             return Ok(());
         }
+        let boxes = self.bounds.as_ref().and_then(|bounds| bounds.boxes.as_ref());
+        if self.far.is_none() && boxes.is_none() {
+            self.layers[index].full = full;
+            return Ok(());
+        }
+        let sources: Vec<u32> = all.iter().map(|&(head, page)| self.exact_slot(index, head, page) as u32).collect();
+        let targets: Vec<u32> = all.iter().map(|&(head, page)| self.place(index, head, page) as u32).collect();
+        let (from, to) = (device.upload(&sources)?, device.upload(&targets)?);
+        if let Some(boxes) = boxes {
+            kernels::page_boxes(device, &self.shape, &self.exact, boxes, &from, &to, all.len())?;
+        }
         if let Some(far) = &self.far {
-            let sources: Vec<u32> = all.iter().map(|&(head, page)| self.exact_slot(index, head, page) as u32).collect();
-            let targets: Vec<u32> = all.iter().map(|&(head, page)| self.place(index, head, page) as u32).collect();
-            let (from, to) = (device.upload(&sources)?, device.upload(&targets)?);
             kernels::encode(device, &self.shape, self.near, &self.exact, &self.coded, &from, &to, all.len())?;
             for (source, target) in sources.iter().zip(&targets) {
                 let bytes = self.page_bytes;
                 device.copy(&self.exact, *source as usize * bytes, far, *target as usize * bytes, bytes)?;
             }
         }
-        if self.keeps_facts {
-            let found = all.iter().map(|&(head, page)| self.facts_of(device, index, head, page)).collect::<Result<Vec<_>>>()?;
-            self.layers[index].facts.extend(found);
-        }
         self.layers[index].full = full;
         Ok(())
     }
 
-    fn facts_of(&self, device: &D, layer: usize, head: usize, page: usize) -> Result<Facts> {
-        let mut bytes = vec![0; self.page_bytes];
-        device.read(&self.exact, self.exact_slot(layer, head, page) * self.page_bytes, &mut bytes)?;
-        let (keys, values) = exact_rows(&self.shape, &bytes, PAGE)?;
-        let width = self.shape.head_dim;
-        let (mut low, mut high) = (vec![f32::INFINITY; width], vec![f32::NEG_INFINITY; width]);
-        for key in keys.chunks_exact(width) {
-            for ((low, high), key) in low.iter_mut().zip(&mut high).zip(key) {
-                (*low, *high) = (low.min(key.to_f32()), high.max(key.to_f32()));
-            }
-        }
-        let square = |value: &[half::f16]| value.iter().map(|x| f64::from(x.to_f32()).powi(2)).sum::<f64>();
-        let value_norm = values.chunks_exact(width).map(square).fold(0.0, f64::max).sqrt();
-        Ok(Facts { low, high, value_norm })
+    /// Bounds of the scores (`[heads, pages]`) and of the norms of values (`[kv_heads, pages]`) of the pages before `own`, for one token's
+    /// queries. Empty where none are kept.
+    pub(super) fn bounds(&self, device: &D, index: usize, own: usize, queries: &Buffer<D, f32>) -> Result<(Vec<f32>, Vec<f32>)> {
+        let Some(bounds) = self.bounds.as_ref() else { return Ok((vec![], vec![])) };
+        let boxes = bounds.boxes.as_ref().unwrap_or(&self.coded);
+        let inputs = BoundsInputs { queries, boxes, table: &self.layers[index].places, stride: self.pages, pages: own };
+        kernels::page_bounds(device, &self.shape, self.near, &inputs, &bounds.scores, &bounds.norms)?;
+        Ok((device.download(&bounds.scores)?, device.download(&bounds.norms)?))
     }
 
-    /// What is known of a full page that a token follows.
-    pub(super) fn facts(&self, layer: usize, head: usize, page: usize) -> &Facts {
-        &self.layers[layer].facts[page * self.shape.kv_heads + head]
-    }
-
-    /// The full pages of one head, as policies see them.
-    pub(super) fn before(&self, own: usize, layer: usize, head: usize) -> Before<'_, D> {
-        Before { cache: self, layer, head, own }
+    /// Attention of `rows` tokens over all pages, in tiles.
+    pub(super) fn prefill(
+        &self,
+        device: &D,
+        index: usize,
+        queries: &Buffer<D, f32>,
+        rows: usize,
+        first: usize,
+        out: &Buffer<D, f32>,
+    ) -> Result<()> {
+        let own: Vec<usize> = (first / PAGE..(first + rows).div_ceil(PAGE)).collect();
+        let slots = (0..self.shape.kv_heads).flat_map(|head| own.iter().map(move |&page| (head, page)));
+        let slots: Vec<u32> = slots.map(|(head, page)| self.exact_slot(index, head, page) as u32).collect();
+        let inputs = PrefillInputs {
+            queries,
+            rows,
+            first_position: first,
+            exact_pages: &self.exact,
+            near_pages: &self.coded,
+            table: &self.layers[index].entries,
+            table_stride: self.pages,
+            own: &device.upload(&slots)?,
+            own_stride: own.len(),
+            masks: None,
+        };
+        kernels::prefill(device, &self.shape, self.near, &inputs, out)
     }
 
     /// Makes the lists of a layer those of dense attention of a query on page `own`.
@@ -254,10 +287,7 @@ impl<D: Device> Cache<D> {
             }
             let layer = &mut self.layers[index];
             (layer.positions, layer.listed) = (positions, None);
-            if full < layer.full {
-                layer.full = full;
-                layer.facts.truncate(full * self.shape.kv_heads);
-            }
+            layer.full = layer.full.min(full);
         }
         Ok(())
     }
@@ -266,23 +296,4 @@ impl<D: Device> Cache<D> {
 /// Full pages that a token follows, among `positions` tokens.
 fn layer_full(positions: usize) -> usize {
     positions.saturating_sub(1) / PAGE
-}
-
-/// The pages of one head before a query's own.
-pub(super) struct Before<'a, D: Device> {
-    cache: &'a Cache<D>,
-    layer: usize,
-    head: usize,
-    own: usize,
-}
-
-impl<D: Device> PageTable for Before<'_, D> {
-    fn num_pages(&self) -> usize {
-        self.own
-    }
-
-    fn score_bounds(&self, page: usize, query: &GroupQuery<'_>, bounds: &mut [f32]) {
-        let facts = self.cache.facts(self.layer, self.head, page);
-        bounds.iter_mut().zip(query.heads()).for_each(|(bound, query)| *bound = facts.score_bound(query) as f32);
-    }
 }

@@ -101,9 +101,11 @@ impl<D: Device> Stack<D> {
 impl<D: Device> Run<D> {
     fn new(device: &D, parts: &[Part], inputs: usize) -> Result<Self> {
         let outputs: Vec<usize> = parts.iter().map(Part::outputs).collect();
-        let packed: Vec<&PackedTernary> = parts.iter().filter_map(|part| if let Part::Ternary(packed) = part { Some(packed) } else { None }).collect();
+        let packed: Vec<&PackedTernary> =
+            parts.iter().filter_map(|part| if let Part::Ternary(packed) = part { Some(packed) } else { None }).collect();
         let matrix = if packed.is_empty() {
-            let values: Vec<&[f16]> = parts.iter().filter_map(|part| if let Part::Dense(values, _) = part { Some(&values[..]) } else { None }).collect();
+            let values: Vec<&[f16]> =
+                parts.iter().filter_map(|part| if let Part::Dense(values, _) = part { Some(&values[..]) } else { None }).collect();
             Matrix::Dense(HalfMatrix::new(device, outputs.iter().sum(), inputs, &values.concat())?)
         } else {
             Matrix::Ternary(TernaryMatrix::new(device, &packed)?)
@@ -177,7 +179,8 @@ mod tests {
     #[test]
     fn weights_beyond_half_precision_are_named() {
         let Some(device) = Emulated::new() else { return };
-        let parameter = |last: f32| Parameter::owned("w", vec![1, 2], &F32, [1f32, last].iter().flat_map(|x| x.to_le_bytes()).collect()).unwrap();
+        let parameter =
+            |last: f32| Parameter::owned("w", vec![1, 2], &F32, [1f32, last].iter().flat_map(|x| x.to_le_bytes()).collect()).unwrap();
         assert!(half_matrix(&device, "w", &parameter(65504.0)).is_ok());
         let error = half_matrix(&device, "w", &parameter(70000.0)).err().unwrap().to_string();
         assert!(error.contains("w: has at place 1"), "{error}");

@@ -7,6 +7,7 @@ use crate::error::{Error, Result};
 use crate::export::parameter::Parameter;
 use crate::infer::cache::Options;
 use crate::infer::decoder::{EMBEDDING, Weights};
+use crate::infer::kv::Format;
 use crate::infer::model::{Model, Sequence};
 use crate::model::{Activation, LinearKind, Spec};
 use crate::ops::cpu::gated::Activation as Gate;
@@ -100,7 +101,14 @@ impl<D: Device> CudaModel<D> {
 
     /// Runs `ids` at positions from `first` on and leaves what the head reads, `[ids, dim]`, in `work.normalized`. Keys and values go to the
     /// cache of `attention`.
-    pub(super) fn forward(&self, ids: &[u32], first: usize, table: &DeviceTable<D>, attention: &mut Attention<D>, work: &mut Work<D>) -> Result<()> {
+    pub(super) fn forward(
+        &self,
+        ids: &[u32],
+        first: usize,
+        table: &DeviceTable<D>,
+        attention: &mut Attention<D>,
+        work: &mut Work<D>,
+    ) -> Result<()> {
         let pass = Pass { engine: self, first, rows: ids.len(), table };
         self.embed(ids, work)?;
         for (index, layer) in self.layers.iter().enumerate() {
@@ -147,6 +155,10 @@ impl<D: Device> Model for CudaModel<D> {
             self.device.read(&y, 0, &mut logits[first..])?;
         }
         Ok(logits)
+    }
+
+    fn exact_cache(&self) -> Format {
+        Format::F16
     }
 
     fn sequence<'m>(&'m self, options: &Options, capacity: usize) -> Result<Box<dyn Sequence + 'm>> {

@@ -20,14 +20,17 @@ const MOST: f64 = 0.5;
 const ROUNDING: f64 = 1e-4;
 
 /// What one token reads in one layer.
+#[derive(Default)]
 pub(super) struct Reading {
     pub(super) layer: usize,
     /// The token's page, which is read exact.
     pub(super) own: usize,
     /// Tokens of that page up to this one.
     pub(super) last_tokens: usize,
-    /// `[heads, head_dim]`, where a policy or a bound needs them.
-    pub(super) queries: Vec<f32>,
+    /// At least the largest score of a head with a key of a page, `[heads, pages of the cache]`; empty where nobody asks.
+    pub(super) score_bounds: Vec<f32>,
+    /// At least the largest norm of a value of a page, `[kv_heads, pages of the cache]`.
+    pub(super) value_norms: Vec<f32>,
     /// The pages before its own, per key-value head; every one when absent.
     pub(super) pages: Option<Vec<TileSet>>,
 }
@@ -128,12 +131,11 @@ fn unread<D: Device>(cache: &Cache<D>, reading: &Reading, lists: &Lists, head: u
     if lists.pages[kv_head].len() == reading.own {
         return vec![];
     }
-    let query = &reading.queries[head * cache.shape.head_dim..][..cache.shape.head_dim];
     let read: TileSet = lists.pages[kv_head].iter().copied().collect();
     let of_page = |page: usize| {
-        let facts = cache.facts(reading.layer, kv_head, page);
-        let mass = PAGE as f64 * (facts.score_bound(query) - f64::from(summary.lse)).exp() * (1.0 + ROUNDING);
-        (page, Unread { mass, radius: facts.value_norm + f64::from(summary.norm) + f64::from(summary.bound) })
+        let (score, norm) = (reading.score_bounds[head * cache.pages + page], reading.value_norms[kv_head * cache.pages + page]);
+        let mass = PAGE as f64 * (f64::from(score) - f64::from(summary.lse)).exp() * (1.0 + ROUNDING);
+        (page, Unread { mass, radius: f64::from(norm) + f64::from(summary.norm) + f64::from(summary.bound) })
     };
     (0..reading.own).filter(|page| !read.contains(*page)).map(of_page).collect()
 }
@@ -184,7 +186,14 @@ fn recover<D: Device>(
 }
 
 /// Replaces or adds the entries of pages by those of their originals.
-fn promote<D: Device>(attention: &Attention<D>, device: &D, reading: &Reading, lists: &mut Lists, kv_head: usize, pages: &[usize]) -> Result<()> {
+fn promote<D: Device>(
+    attention: &Attention<D>,
+    device: &D,
+    reading: &Reading,
+    lists: &mut Lists,
+    kv_head: usize,
+    pages: &[usize],
+) -> Result<()> {
     for &page in pages {
         if !lists.promoted[kv_head].insert(page) {
             continue;
@@ -225,7 +234,12 @@ fn plan<D: Device>(
             .map(|&head| {
                 let summary = Summary::of(&summaries, head);
                 let share = |(at, page): (usize, &usize)| (*page, f64::from(PageFacts::of(&facts, cache.pages, head, at).share(&summary)));
-                let mut gains: Vec<(usize, f64)> = lists.pages[kv_head].iter().enumerate().map(share).filter(|(page, _)| !lists.promoted[kv_head].contains(*page)).collect();
+                let mut gains: Vec<(usize, f64)> = lists.pages[kv_head]
+                    .iter()
+                    .enumerate()
+                    .map(share)
+                    .filter(|(page, _)| !lists.promoted[kv_head].contains(*page))
+                    .collect();
                 let missed = unread(cache, reading, lists, head, &summary);
                 let all = f64::from(summary.mass_low) + missed.iter().map(|(_, unread)| unread.mass).sum::<f64>();
                 gains.extend(missed.iter().map(|(page, unread)| (*page, unread.mass * unread.radius / all)));
@@ -277,7 +291,9 @@ fn cheapest(mut needs: Vec<Need>, own: usize, promoted: usize) -> Option<Vec<usi
 fn compare<D: Device>(attention: &mut Attention<D>, device: &D, reading: &Reading, finals: &[Assessment], output: &[f32]) -> Result<()> {
     let mut lists = Lists {
         pages: vec![vec![]; attention.cache.shape.kv_heads],
-        entries: (0..attention.cache.shape.kv_heads).map(|head| vec![attention.cache.own_entry(reading.layer, head, reading.own)]).collect(),
+        entries: (0..attention.cache.shape.kv_heads)
+            .map(|head| vec![attention.cache.own_entry(reading.layer, head, reading.own)])
+            .collect(),
         promoted: vec![TileSet::default(); attention.cache.shape.kv_heads],
     };
     for kv_head in 0..attention.cache.shape.kv_heads {

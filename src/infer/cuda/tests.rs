@@ -38,6 +38,12 @@ fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|value| value.to_bits()).collect()
 }
 
+/// What the head reads after each token, every one decoded alone.
+fn stepwise(engine: &Engine, options: Options, ids: &[u32]) -> Vec<u32> {
+    let mut session = Session::new(engine, options, ids.len()).unwrap();
+    bits(&ids.iter().flat_map(|&id| session.hidden(&[id]).unwrap()).collect::<Vec<_>>())
+}
+
 /// What the head reads after every token but a few, then logits of the last ones, decoded one by one.
 fn run(session: &mut Session<'_>, ids: &[u32]) -> (Vec<f32>, Vec<f32>) {
     let (prompt, rest) = ids.split_at(ids.len() - 3);
@@ -45,22 +51,23 @@ fn run(session: &mut Session<'_>, ids: &[u32]) -> (Vec<f32>, Vec<f32>) {
     (hidden, rest.iter().flat_map(|&id| session.step(id).unwrap()).collect())
 }
 
-/// Dense weights become f16 and prompts are multiplied in f16: 1e-3 of each product's size, less after sums. Activations of ternary layers
-/// can end up in a neighbouring code.
+/// Dense weights become f16, and prompts are multiplied in f16: up to 2^-11 of each product and of each attention, amplified by the random
+/// weights of these models. Activations of ternary layers can end up in a neighbouring code.
 #[test]
 fn logits_are_near_those_of_the_cpu() {
     let osp = Spec { norm: Norm::SingleScale, embedding_projection: true, ..dense() };
     let bitnet = Spec { sub_norm: true, tied: true, activation: Activation::Relu2Glu, qk_norm: true, ..ternary() };
     let faces = [
-        (Spec { qk_norm: true, tied: true, ..dense() }, Target::GgufF16, 2e-3),
-        (osp, Target::GgufQ8_0, 2e-3),
-        (Spec { head_dim: 24, ..dense() }, Target::Hf, 2e-3),
-        (ternary(), Target::GgufTq2_0, 5e-3),
-        (bitnet, Target::HfBitnet, 5e-3),
+        (Spec { qk_norm: true, tied: true, ..dense() }, Target::GgufF16, 5e-3),
+        (osp, Target::GgufQ8_0, 5e-3),
+        (Spec { head_dim: 24, ..dense() }, Target::Hf, 5e-3),
+        (ternary(), Target::GgufTq2_0, 1e-2),
+        (bitnet, Target::HfBitnet, 1e-2),
     ];
     for (spec, target, tolerance) in faces {
         let masters = weights(&spec, 1);
-        let artifact = if target == Target::HfBitnet { Artifact::checkpoint(&spec, &masters) } else { Artifact::exported(&spec, &masters, target) };
+        let artifact =
+            if target == Target::HfBitnet { Artifact::checkpoint(&spec, &masters) } else { Artifact::exported(&spec, &masters, target) };
         let Some((cpu, cuda)) = engines(&artifact) else { return };
         let ids = ids(LENGTH, spec.vocab, 2);
         let (hidden, logits) = run(&mut Session::new(&cuda, Format::F16, LENGTH).unwrap(), &ids);
@@ -68,56 +75,48 @@ fn logits_are_near_those_of_the_cpu() {
         let expected_hidden = session.hidden(&ids[..LENGTH - 3]).unwrap();
         let expected: Vec<f32> = ids[LENGTH - 3..].iter().flat_map(|&id| session.step(id).unwrap()).collect();
         let found = [distance(&hidden, &expected_hidden), distance(&logits, &expected)];
-        eprintln!("{} {found:?}", target.name());
         assert!(found.iter().all(|distance| *distance < tolerance), "{}: {found:?}", target.name());
         let last = hidden.len() - spec.dim;
         assert!(distance(&cuda.logits(&hidden[last - spec.dim..]).unwrap(), &cpu.logits(&hidden[last - spec.dim..]).unwrap()) < 1e-3);
     }
 }
 
+/// The prefill kernel works in half precision where the decode kernel splits numbers in two.
 #[test]
-fn ternary_passes_have_the_same_bits_however_they_are_cut() {
-    let Some((_, cuda)) = small(Spec { layers: 1, embedding_projection: false, ..ternary() }) else { return };
+fn prompts_are_near_their_tokens_one_by_one() {
+    let Some((_, cuda)) = small(ternary()) else { return };
     let ids = ids(LENGTH, 300, 3);
-    let in_pieces = |lengths: &[usize]| {
-        let mut session = Session::new(&cuda, CODED, LENGTH).unwrap();
-        let mut rest = &ids[..];
-        let mut hidden = vec![];
-        for length in lengths {
-            let (now, later) = rest.split_at(*length);
-            hidden.extend(session.hidden(now).unwrap());
-            rest = later;
-        }
-        bits(&hidden)
-    };
-    let whole = in_pieces(&[LENGTH]);
-    assert!(whole == in_pieces(&[63, 1, 1, 1, 4]));
-    assert!(whole == in_pieces(&[1, 64, 5]));
+    for format in [Format::F16, Format::Coded("fp8"), CODED] {
+        let whole = Session::new(&cuda, format, LENGTH).unwrap().hidden(&ids).unwrap();
+        let mut session = Session::new(&cuda, format, LENGTH).unwrap();
+        let (mut pieces, rest) = (session.hidden(&ids[..62]).unwrap(), &ids[62..]);
+        pieces.extend(rest.iter().flat_map(|&id| session.hidden(&[id]).unwrap()));
+        let error = distance(&pieces, &whole);
+        assert!(error < 1e-2, "{format}: {error}");
+    }
 }
 
 #[test]
 fn originals_of_every_page_are_the_exact_cache() {
-    let Some((_, cuda)) = small(dense()) else { return };
-    let ids = ids(140, 300, 4);
-    let mut exact = Session::new(&cuda, Format::F16, 140).unwrap();
+    let Some((_, cuda)) = small(Spec { layers: 1, ..dense() }) else { return };
+    let ids = ids(134, 300, 4);
     let options = Options { format: CODED, epsilon: Some(0.0), ..Options::default() };
-    let mut promoted = Session::new(&cuda, options, 140).unwrap();
-    let (expected, found) = (exact.hidden(&ids).unwrap(), promoted.hidden(&ids).unwrap());
-    assert!(bits(&expected) == bits(&found));
+    assert!(stepwise(&cuda, Format::F16.into(), &ids) == stepwise(&cuda, options, &ids));
+    let mut promoted = Session::new(&cuda, options, 134).unwrap();
+    promoted.hidden(&ids).unwrap();
     let counters = promoted.counters();
     // 64 tokens have no page before their own.
-    assert_eq!((counters.hard, counters.dense), (64 * 8, 76 * 8));
-    assert_eq!(counters.pages_promoted, (64 + 12 * 2) * 4);
-    let mut coded = Session::new(&cuda, CODED, 140).unwrap();
-    let near = coded.hidden(&ids).unwrap();
-    let error = distance(&near, &expected);
-    assert!(error > 1e-5 && error < 0.05, "{error}");
+    assert_eq!((counters.hard, counters.dense), (64 * 4, 70 * 4));
+    assert_eq!(counters.pages_promoted, (64 + 6 * 2) * 2);
+    let [exact, near] = [Format::F16, CODED].map(|format| Session::new(&cuda, format, 134).unwrap().hidden(&ids).unwrap());
+    let error = distance(&near, &exact);
+    assert!(error > 1e-5 && error < 0.2, "{error}");
 }
 
 #[test]
 fn bounds_hold_and_recovery_keeps_them_within_epsilon() {
-    let Some((_, cuda)) = small(dense()) else { return };
-    let ids = ids(134, 300, 5);
+    let Some((_, cuda)) = small(Spec { layers: 1, ..dense() }) else { return };
+    let ids = ids(131, 300, 5);
     let window = Attention::Window(Window { tokens: 1, sinks: 0 });
     for (format, attention, epsilon) in [
         (CODED, Attention::Dense, 0.02),
@@ -126,15 +125,11 @@ fn bounds_hold_and_recovery_keeps_them_within_epsilon() {
         (CODED, Attention::TopK(TopK { budget: "1".parse().unwrap(), ..TopK::default() }), 0.3),
     ] {
         let options = Options { format, attention, epsilon: Some(epsilon), check: true, ..Options::default() };
-        let mut session = match Session::new(&cuda, options, 134) {
-            Ok(session) => session,
-            Err(error) => panic!("{format} {attention}: {error}"),
-        };
+        let mut session = Session::new(&cuda, options, 131).unwrap();
         session.hidden(&ids).unwrap();
         let counters = session.counters();
-        eprintln!("{format} {attention} {counters:?}");
-        assert_eq!(counters.head_steps(), 134 * 8, "{format} {attention}");
-        assert_eq!((counters.checked, counters.violations), (134 * 8, 0), "{format} {attention}");
+        assert_eq!(counters.head_steps(), 131 * 4, "{format} {attention}");
+        assert_eq!((counters.checked, counters.violations), (131 * 4, 0), "{format} {attention}");
         assert!(counters.bound_max <= f64::from(epsilon) * 1.000_001 && counters.error_max <= counters.bound_max, "{counters:?}");
     }
 }
@@ -143,10 +138,12 @@ fn bounds_hold_and_recovery_keeps_them_within_epsilon() {
 fn reading_every_page_is_dense_attention() {
     let Some((_, cuda)) = small(Spec { layers: 1, ..dense() }) else { return };
     let ids = ids(134, 300, 6);
-    let run = |attention| bits(&Session::new(&cuda, Options { format: CODED, attention, ..Options::default() }, 134).unwrap().hidden(&ids).unwrap());
+    let run = |attention| stepwise(&cuda, Options { format: CODED, attention, ..Options::default() }, &ids);
     let expected = run(Attention::Dense);
     let dense_layers = TopK::default();
-    for attention in [Attention::Window(Window { tokens: 1000, sinks: 1 }), Attention::TopK(TopK { budget: "9".parse().unwrap(), ..dense_layers })] {
+    for attention in
+        [Attention::Window(Window { tokens: 1000, sinks: 1 }), Attention::TopK(TopK { budget: "9".parse().unwrap(), ..dense_layers })]
+    {
         assert!(run(attention) == expected, "{attention}");
     }
 }

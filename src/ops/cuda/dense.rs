@@ -46,7 +46,10 @@ impl<D: Device> HalfMatrix<D> {
             device.upload(values)?
         } else {
             let mut filled = vec![f16::ZERO; outputs * stride];
-            filled.chunks_exact_mut(stride).zip(values.chunks_exact(inputs)).for_each(|(row, values)| row[..inputs].copy_from_slice(values));
+            filled
+                .chunks_exact_mut(stride)
+                .zip(values.chunks_exact(inputs))
+                .for_each(|(row, values)| row[..inputs].copy_from_slice(values));
             device.upload(&filled)?
         };
         Ok(Self { values, outputs, inputs, stride })

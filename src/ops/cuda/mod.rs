@@ -5,6 +5,7 @@
 //! divergent barriers and accesses out of bounds. How kernels are written is told in `kernels/README.md`.
 
 pub mod attention;
+pub mod bench;
 pub mod check;
 pub mod dense;
 mod device;

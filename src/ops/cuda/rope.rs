@@ -34,7 +34,8 @@ impl<D: Device> DeviceTable<D> {
             return Err(defect(format!("heads of {} are wider than {WIDEST_HEAD}", table.head_dim())));
         }
         let positions = table.num_positions();
-        let all = |row: fn(&RotaryTable, usize) -> &[f32]| (0..positions).flat_map(|position| row(table, position)).copied().collect::<Vec<_>>();
+        let all =
+            |row: fn(&RotaryTable, usize) -> &[f32]| (0..positions).flat_map(|position| row(table, position)).copied().collect::<Vec<_>>();
         let (cosines, sines) = (device.upload(&all(RotaryTable::cosines))?, device.upload(&all(RotaryTable::sines))?);
         Ok(Self { cosines, sines, head_dim: table.head_dim(), positions })
     }
@@ -82,7 +83,9 @@ impl<D: Device> DeviceTable<D> {
 /// When a launch fails.
 pub fn agreements<D: Device>(device: &D) -> Result<Vec<Agreement>> {
     let (mut plain, mut normed) = (Agreement::new("rope_f32", 0.0), Agreement::new("head_norm_rope_f32", 1e-6));
-    for (rows, heads, kv_heads, head_dim, first) in [(1, 1, 1, 2, 0), (3, 4, 2, 16, 5), (2, 3, 1, 80, 100), (1, 8, 2, 128, 7), (2, 2, 2, 256, 1)] {
+    for (rows, heads, kv_heads, head_dim, first) in
+        [(1, 1, 1, 2, 0), (3, 4, 2, 16, 5), (2, 3, 1, 80, 100), (1, 8, 2, 128, 7), (2, 2, 2, 256, 1)]
+    {
         let table = RotaryTable::new(head_dim, 10_000.0, first + rows);
         let positions: Vec<u32> = (first..first + rows).map(|position| position as u32).collect();
         let x = [noise("q", rows * heads * head_dim), noise("k", rows * kv_heads * head_dim)];

@@ -17,7 +17,8 @@ impl<'a, D: Device> Stacked<'a, D> {
     /// # Errors
     /// When the parts are not one to three that make up `outputs`, or a buffer is too small for its part.
     pub(super) fn new(parts: &[(usize, &'a Buffer<D, f32>)], outputs: usize) -> Result<Self> {
-        let fit = parts.iter().all(|(count, buffer)| buffer.len() >= *count) && parts.iter().map(|(count, _)| count).sum::<usize>() == outputs;
+        let fit =
+            parts.iter().all(|(count, buffer)| buffer.len() >= *count) && parts.iter().map(|(count, _)| count).sum::<usize>() == outputs;
         let end = |part: usize| fits(parts[..part].iter().map(|(count, _)| count).sum(), "outputs");
         match *parts {
             [(_, first)] if fit => Ok(Self { first, second: first, third: first, first_end: end(1)?, second_end: end(1)? }),

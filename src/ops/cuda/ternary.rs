@@ -160,7 +160,9 @@ impl<D: Device> CodeRows<D> {
 pub fn agreements<D: Device>(device: &D) -> Result<Vec<Agreement>> {
     let names = ["quantize_rows_i8", "ternary_row_i8", "ternary_rows_i8"];
     let mut all = names.map(|name| Agreement::new(name, 0.0));
-    for (rows, outputs, inputs) in [(1, [1, 1], 1), (3, [5, 2], 33), (2, [130, 7], 64), (70, [30, 3], 200), (130, [100, 29], 65), (1, [17, 4], 2200)] {
+    for (rows, outputs, inputs) in
+        [(1, [1, 1], 1), (3, [5, 2], 33), (2, [130, 7], 64), (70, [30, 3], 200), (130, [100, 29], 65), (1, [17, 4], 2200)]
+    {
         let mut x = noise("x", rows * inputs);
         // A row of zeros meets the smallest scale.
         x[(rows - 1) / 2 * inputs..][..inputs].iter_mut().for_each(|x| *x *= if rows > 1 { 0.0 } else { 1.0 });
@@ -171,7 +173,9 @@ pub fn agreements<D: Device>(device: &D) -> Result<Vec<Agreement>> {
         let mut quantized = CodeRows::new(device, rows, inputs)?;
         quantized.quantize(device, &device.upload(&x)?, rows, inputs)?;
         let found = device.download(&quantized.codes)?;
-        let rows_of = |codes: &[i8], stride: usize| codes.chunks(stride).flat_map(|row| row[..inputs].iter().map(|&code| f32::from(code))).collect::<Vec<_>>();
+        let rows_of = |codes: &[i8], stride: usize| {
+            codes.chunks(stride).flat_map(|row| row[..inputs].iter().map(|&code| f32::from(code))).collect::<Vec<_>>()
+        };
         all[0].add(&rows_of(&found, inputs.next_multiple_of(PIECE)), &rows_of(&codes, inputs));
         all[0].add(&device.download(&quantized.gammas)?, &gammas);
 
@@ -184,7 +188,10 @@ pub fn agreements<D: Device>(device: &D) -> Result<Vec<Agreement>> {
         let y = device.alloc(rows * matrix.outputs())?;
         let single = [device.alloc(outputs[0])?, device.alloc(outputs[1])?];
         matrix.multiply_row(device, &quantized, &[(outputs[0], &single[0]), (outputs[1], &single[1])])?;
-        all[1].add(&[device.download(&single[0])?, device.download(&single[1])?].concat(), &[&first[..outputs[0]], &second[..outputs[1]]].concat());
+        all[1].add(
+            &[device.download(&single[0])?, device.download(&single[1])?].concat(),
+            &[&first[..outputs[0]], &second[..outputs[1]]].concat(),
+        );
         for (range, expected) in [(0..outputs[0], first), (outputs[0]..matrix.outputs(), second)] {
             matrix.multiply_rows(device, &quantized, rows, range, &y)?;
             all[2].add(&device.download(&y)?[..expected.len()], &expected);

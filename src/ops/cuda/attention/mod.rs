@@ -11,9 +11,9 @@ mod append;
 mod decode;
 mod layout;
 mod prefill;
-mod select;
 #[cfg(test)]
 mod reference;
+mod select;
 #[cfg(test)]
 mod testing;
 

@@ -102,7 +102,8 @@ mod tests {
         for (row, head) in (0..rows).step_by(7).flat_map(|row| (0..shape.heads()).map(move |head| (row, head))) {
             let (position, kv_head) = (first + row, head / shape.group);
             let page = position / PAGE;
-            let reads = |other: usize| !masked || masks[(kv_head * tiles + page - first_page) * words + other / 32] >> (other % 32) & 1 == 1;
+            let reads =
+                |other: usize| !masked || masks[(kv_head * tiles + page - first_page) * words + other / 32] >> (other % 32) & 1 == 1;
             let mut list: Vec<(usize, bool)> = (0..page).filter(|other| reads(*other)).map(|other| (other, other % 5 == 4)).collect();
             list.push((page, true));
             let seen = cache.seen(kv_head, &list).0;
@@ -114,8 +115,14 @@ mod tests {
         }
     }
 
-    const CASES: [(usize, usize, usize, usize, bool); 6] =
-        [(1, 64, 0, 1, false), (2, 128, 0, 150, false), (1, 80, 100, 230, true), (3, 24, 64, 129, false), (1, 256, 130, 200, false), (4, 64, 300, 520, true)];
+    const CASES: [(usize, usize, usize, usize, bool); 6] = [
+        (1, 64, 0, 1, false),
+        (2, 128, 0, 150, false),
+        (1, 80, 100, 230, true),
+        (3, 24, 64, 129, false),
+        (1, 256, 130, 200, false),
+        (4, 64, 300, 520, true),
+    ];
 
     #[test]
     fn exact_pages() {

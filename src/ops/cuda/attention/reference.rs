@@ -69,9 +69,7 @@ pub(super) fn coded(near: Near, shape: &Shape, exact: &Head) -> Coded {
         }
     }
     let distance = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| (f64::from(*a) - f64::from(*b)).powi(2)).sum::<f64>().sqrt();
-    let largest = |a: &[f32], b: &[f32]| {
-        a.chunks_exact(width).zip(b.chunks_exact(width)).map(|(a, b)| distance(a, b)).fold(0.0, f64::max)
-    };
+    let largest = |a: &[f32], b: &[f32]| a.chunks_exact(width).zip(b.chunks_exact(width)).map(|(a, b)| distance(a, b)).fold(0.0, f64::max);
     Coded {
         key_radius: largest(&head.keys, &exact.keys),
         value_error: largest(&head.values, &exact.values),
@@ -83,9 +81,7 @@ pub(super) fn coded(near: Near, shape: &Shape, exact: &Head) -> Coded {
 /// Output and log-sum-exp of one query over the tokens of `head` that `visible` lets through, in f64.
 pub(super) fn attend(query: &[f32], head: &Head, visible: impl Fn(usize) -> bool) -> (Vec<f64>, f64) {
     let width = query.len();
-    let score = |key: &[f32]| {
-        query.iter().zip(key).map(|(q, k)| f64::from(*q) * f64::from(*k)).sum::<f64>() / (width as f64).sqrt()
-    };
+    let score = |key: &[f32]| query.iter().zip(key).map(|(q, k)| f64::from(*q) * f64::from(*k)).sum::<f64>() / (width as f64).sqrt();
     let rows = || head.keys.chunks_exact(width).zip(head.values.chunks_exact(width)).enumerate().filter(|(token, _)| visible(*token));
     let scores: Vec<f64> = rows().map(|(_, (key, _))| score(key)).collect();
     let maximum = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -103,9 +99,8 @@ pub(super) fn decode_near(near: Near, shape: &Shape, page: &[u8]) -> (Head, [f32
     let width = shape.width().unwrap();
     let half = |at: usize| f16::from_le_bytes([page[at], page[at + 1]]).to_f32();
     let float = |at: usize| f32::from_le_bytes(page[at..at + 4].try_into().unwrap());
-    let byte_key = |token: usize, c: usize| {
-        (((token / 32 * (width / 16) + c / 16) * 8 + token % 8) * 4 + c % 16 / 4) * 16 + token / 8 % 4 * 4 + c % 4
-    };
+    let byte_key =
+        |token: usize, c: usize| (((token / 32 * (width / 16) + c / 16) * 8 + token % 8) * 4 + c % 16 / 4) * 16 + token / 8 % 4 * 4 + c % 4;
     let byte_value = |token: usize, c: usize| {
         let lane = c % 8 * 4 + token % 8 / 2;
         ((token / 32 * (width / 16) + c / 16) * 32 + lane) * 16 + token / 8 % 4 * 4 + c / 8 % 2 * 2 + token % 2

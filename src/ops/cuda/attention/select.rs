@@ -174,7 +174,8 @@ mod tests {
                 let all: Vec<u32> = rows.map(|(head, page)| if page <= pages { entry(head, page) } else { 0 }).collect();
                 device.upload(&all).unwrap()
             };
-            let slots = table(&|head, page| if near == Near::Int8Int4 { cache.near_slots[head][page] } else { (head * stride + page) as u32 });
+            let slots =
+                table(&|head, page| if near == Near::Int8Int4 { cache.near_slots[head][page] } else { (head * stride + page) as u32 });
             let boxes = device.alloc(2 * stride * box_bytes(&shape).unwrap()).unwrap();
             if near != Near::Int8Int4 {
                 for head in 0..2 {
@@ -223,9 +224,8 @@ mod tests {
             for page in 0..cache.pages() - 1 {
                 let (_, exact) = cache.seen(kv_head, &[(page, true)]);
                 let query = &queries[head * width..][..width];
-                let score = |key: &[f32]| {
-                    query.iter().zip(key).map(|(q, k)| f64::from(*q) * f64::from(*k)).sum::<f64>() / (width as f64).sqrt()
-                };
+                let score =
+                    |key: &[f32]| query.iter().zip(key).map(|(q, k)| f64::from(*q) * f64::from(*k)).sum::<f64>() / (width as f64).sqrt();
                 let most = exact.keys.chunks_exact(width).map(score).fold(f64::NEG_INFINITY, f64::max);
                 assert!(most <= f64::from(bounds[head * stride + page]));
                 let square = |value: &[f32]| value.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>();

@@ -80,7 +80,14 @@ impl Cache {
         let pages = count.div_ceil(PAGE);
         let mut slots = || -> Vec<Vec<u32>> {
             let order = draw.shuffled(shape.kv_heads * pages + 3);
-            order.iter().take(shape.kv_heads * pages).map(|slot| *slot as u32).collect::<Vec<_>>().chunks(pages.max(1)).map(<[u32]>::to_vec).collect()
+            order
+                .iter()
+                .take(shape.kv_heads * pages)
+                .map(|slot| *slot as u32)
+                .collect::<Vec<_>>()
+                .chunks(pages.max(1))
+                .map(<[u32]>::to_vec)
+                .collect()
         };
         let (exact_slots, near_slots) = (slots(), slots());
         let num_slots = shape.kv_heads * pages + 3;
