@@ -26,8 +26,9 @@ fn main() {
         let jobs: Vec<_> = sources.iter().map(|source| scope.spawn(move || compile(nvcc, source, out, architectures))).collect();
         jobs.into_iter().map(|job| job.join().expect("compiling does not panic")).collect()
     });
-    for failure in compiled.into_iter().filter_map(Result::err) {
-        stop(&failure);
+    let failures: Vec<String> = compiled.into_iter().filter_map(Result::err).collect();
+    if !failures.is_empty() {
+        stop(&failures.join("\n"));
     }
     fs::write(out.join("embedded_kernels.rs"), table(&sources, &out)).unwrap_or_else(|error| stop(&format!("{}: {error}", out.display())));
 }

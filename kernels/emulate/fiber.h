@@ -21,7 +21,11 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(EMULATE_UCONTEXT)
+#define EMULATE_SWITCH 1
+#endif
+
+#if defined(EMULATE_SWITCH)
 // Saves what a call must preserve on the old stack, and takes it from the new one.
 extern "C" void emulate_switch(void **save, void *load);
 asm(R"(
@@ -92,7 +96,7 @@ public:
         // what ran here before may have been left in the middle
         ASAN_UNPOISON_MEMORY_REGION(bottom_, size_);
 #endif
-#if defined(__x86_64__)
+#if defined(EMULATE_SWITCH)
         auto *top = reinterpret_cast<void **>(stack.base() + Stack::size);
         *--top = nullptr;  // keeps the stack aligned as after a call
         *--top = reinterpret_cast<void *>(entry);
@@ -113,7 +117,7 @@ public:
         void *fake = nullptr;
         __sanitizer_start_switch_fiber(&fake, to.bottom_, to.size_);
 #endif
-#if defined(__x86_64__)
+#if defined(EMULATE_SWITCH)
         emulate_switch(&from.pointer_, to.pointer_);
 #else
         swapcontext(&from.context_, &to.context_);
@@ -135,7 +139,7 @@ public:
 private:
     const void *bottom_ = nullptr;
     std::size_t size_ = 0;
-#if defined(__x86_64__)
+#if defined(EMULATE_SWITCH)
     void *pointer_ = nullptr;
 #else
     ucontext_t context_;

@@ -14,7 +14,13 @@ template <int N, class T> inline Registers<T, N> pack(const T (&values)[N]) {
     return packed;
 }
 
-inline float half_of(unsigned both, unsigned which) { return __half2float(__ushort_as_half(static_cast<unsigned short>(both >> (16 * which)))); }
+inline float half_of(unsigned both, unsigned which) {
+    return __half2float(__ushort_as_half(static_cast<unsigned short>(both >> (16 * which))));
+}
+
+inline void check_aligned(const char *what, const void *at) {
+    if (reinterpret_cast<std::uintptr_t>(at) % 16 != 0) Machine::current().fail("%s: the address is not aligned to 16 bytes", what);
+}
 
 // Loads 8x8 tiles of 16-bit elements: lane 8i+r names row r of tile i, and gets elements (lane/4, 2*(lane%4)) and its neighbour of each.
 template <int N, class T>
@@ -71,7 +77,8 @@ inline void mma_m16n8k32_s8(int (&d)[4], const unsigned (&a)[4], const unsigned 
         int sum = c[i];
         for (unsigned quarter = 0; quarter < 8; ++quarter) {
             const unsigned from = quarter % 4, upper = quarter / 4;
-            sum = __dp4a(static_cast<int>(all[4 * group + from].of[lower + 2 * upper]), static_cast<int>(all[4 * column + from].of[4 + upper]), sum);
+            const unsigned left = all[4 * group + from].of[lower + 2 * upper], right = all[4 * column + from].of[4 + upper];
+            sum = __dp4a(static_cast<int>(left), static_cast<int>(right), sum);
         }
         d[i] = sum;
     }
@@ -92,7 +99,7 @@ template <class T> inline void ldmatrix_x4_trans(unsigned (&to)[4], const Shared
 
 template <class T> inline void cp_async_16(const Shared<T> &to, unsigned index, const void *from, unsigned valid = 16) {
     emulate::Machine &machine = emulate::Machine::current();
-    if (reinterpret_cast<std::uintptr_t>(from) % 16 != 0) machine.fail("cp_async_16: the source is not aligned to 16 bytes");
+    emulate::check_aligned("cp_async_16", from);
     if (valid > 16) machine.fail("cp_async_16: %u valid bytes of 16", valid);
     machine.copy_later(to.at(index, 16, 16), from, 16, valid);
 }
@@ -100,13 +107,13 @@ inline void cp_async_commit() { emulate::Machine::current().commit_copies(); }
 template <int under_way> inline void cp_async_wait() { emulate::Machine::current().wait_copies(under_way); }
 
 inline uint4 load_16(const void *from) {
-    if (reinterpret_cast<std::uintptr_t>(from) % 16 != 0) emulate::Machine::current().fail("load_16: the address is not aligned to 16 bytes");
+    emulate::check_aligned("load_16", from);
     uint4 value;
     std::memcpy(&value, from, sizeof value);
     return value;
 }
 inline uint4 load_16_streaming(const void *from) { return load_16(from); }
 inline void store_16(void *to, uint4 value) {
-    if (reinterpret_cast<std::uintptr_t>(to) % 16 != 0) emulate::Machine::current().fail("store_16: the address is not aligned to 16 bytes");
+    emulate::check_aligned("store_16", to);
     std::memcpy(to, &value, sizeof value);
 }

@@ -5,80 +5,14 @@
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
-#include <deque>
 #include <memory>
 #include <string>
 #include <vector>
 
-#include "fiber.h"
 #include "shadow.h"
-#include "types.h"
+#include "thread.h"
 
 namespace emulate {
-
-// Where in the source an operation stands.
-struct Site {
-    const char *file;
-    int line;
-    static Site here(const char *file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
-    bool operator==(const Site &other) const { return line == other.line && std::strcmp(file, other.file) == 0; }
-    std::string text() const {
-        const char *name = std::strrchr(file, '/');
-        return std::string(name ? name + 1 : file) + ":" + std::to_string(line);
-    }
-};
-
-// In which order threads run that may run.
-enum class Order : unsigned { forward, reverse, random };
-
-// What a launch asks for; the caller (Rust) knows this layout.
-struct Request {
-    unsigned grid[3];
-    unsigned block[3];
-    unsigned shared_bytes;
-    unsigned shared_limit;
-    Order order;
-    std::uint64_t seed;
-    void **args;
-};
-
-// Lanes of a warp that meet in one operation.
-struct Meeting {
-    const char *what;
-    Site site;
-    unsigned mask;
-    unsigned arrived = 0;
-    bool complete = false;
-    alignas(16) unsigned char posted[32][64];
-
-    Meeting(const char *what, Site site, unsigned mask) : what(what), site(site), mask(mask) {}
-};
-
-// An asynchronous copy into shared memory that has not landed.
-struct Copy {
-    unsigned char *to;
-    std::size_t bytes;
-    unsigned group;
-    unsigned char data[16];
-};
-
-struct Thread {
-    uint3 index;
-    unsigned linear;
-    enum { ready, in_meeting, at_barrier, finished } state;
-    Site site;
-    const char *what;
-    Context context;
-    std::deque<Copy> copies;
-    unsigned groups;  // committed so far
-};
-
-struct Warp {
-    unsigned first, lanes;
-    std::uint32_t epoch;
-    unsigned finished;  // mask
-    std::vector<std::shared_ptr<Meeting>> open;
-};
 
 class Machine {
 public:
@@ -211,8 +145,8 @@ inline std::string Machine::run(const Request &request, Body body) {
 }
 
 inline void Machine::prepare_block() {
-    std::memset(shared_.get(), 0xff, dynamic_at + request_->shared_bytes);
-    shadow_.begin(++epoch_, dynamic_at + request_->shared_bytes);
+    std::memset(dynamic_shared(), 0xff, request_->shared_bytes);
+    shadow_.begin(++epoch_);
     declared_.clear();
     static_bytes_ = 0;
     votes_[epoch_ % 2] = 0;
@@ -398,6 +332,7 @@ inline unsigned char *Machine::static_shared(const void *key, std::size_t bytes)
     const std::size_t at = (static_bytes_ + 127) / 128 * 128;
     if (at + bytes > 48 * 1024) fail("more than 48 KiB of static shared memory; the rest must be dynamic");
     if (at + bytes + request_->shared_bytes > request_->shared_limit) fail("more shared memory than a block may have");
+    std::memset(shared_.get() + at, 0xff, bytes);
     declared_.push_back({key, at, bytes});
     static_bytes_ = at + bytes;
     return shared_.get() + at;

@@ -26,10 +26,9 @@ namespace emulate {
 
 // A float as an integer, saturated as the hardware does; NaN is 0.
 template <class Integer> inline Integer saturate(double value) {
-    const double low = static_cast<double>(std::numeric_limits<Integer>::min());
-    const double high = static_cast<double>(std::numeric_limits<Integer>::max());
+    const Integer low = std::numeric_limits<Integer>::min(), high = std::numeric_limits<Integer>::max();
     if (value != value) return 0;
-    return value <= low ? std::numeric_limits<Integer>::min() : value >= high ? std::numeric_limits<Integer>::max() : static_cast<Integer>(value);
+    return value <= static_cast<double>(low) ? low : value >= static_cast<double>(high) ? high : static_cast<Integer>(value);
 }
 
 // `value` rounded to an f32 in the given direction.

@@ -24,9 +24,10 @@ struct Conflict {
         const bool reads = access == Access::read;
         switch (kind) {
             case unwritten: return "reads what nobody has written";
-            case pending: return reads ? "reads where an asynchronous copy that was not waited for writes, begun by" : "writes where an asynchronous copy that was not waited for writes, begun by";
-            case after_write: return reads ? "reads what was written since the last barrier by" : "writes what was written since the last barrier by";
+            case after_write:
+                return reads ? "reads what was written since the last barrier by" : "writes what was written since the last barrier by";
             case after_read: return "writes what was read since the last barrier by";
+            case pending: return "touches where an asynchronous copy lands that was not waited for, begun by";
             default: return "";
         }
     }
@@ -38,11 +39,8 @@ public:
         if (cells_.size() < bytes) cells_.resize(bytes);
     }
 
-    // From here on, what was written before counts as gone.
-    void begin(std::uint32_t epoch, std::size_t bytes) {
-        first_ = epoch;
-        for (std::size_t byte = 0; byte < bytes; ++byte) cells_[byte].pending = 0;
-    }
+    // From here on, what was written or promised before counts as gone.
+    void begin(std::uint32_t epoch) { first_ = epoch; }
 
     // Notes an access to bytes [at, at + size) and tells what it races with.
     Conflict note(std::size_t at, std::size_t size, Access access, const Moment &now) {
@@ -57,14 +55,14 @@ public:
     // An asynchronous copy of `now.thread` will land here.
     Conflict promise(std::size_t at, std::size_t size, const Moment &now) {
         const Conflict conflict = note(at, size, Access::write, now);
-        for (std::size_t byte = at; byte < at + size; ++byte) cells_[byte].pending = now.thread + 1u;
+        for (std::size_t byte = at; byte < at + size; ++byte) cells_[byte].promise = now;
         return conflict;
     }
 
     // It has landed.
     void land(std::size_t at, std::size_t size, const Moment &now) {
         for (std::size_t byte = at; byte < at + size; ++byte) {
-            cells_[byte].pending = 0;
+            cells_[byte].promise.block = 0;
             cells_[byte].writer = now;
             cells_[byte].atomic = false;
         }
@@ -72,8 +70,7 @@ public:
 
 private:
     struct Cell {
-        Moment writer, reader;
-        std::uint32_t pending = 0;  // thread + 1
+        Moment writer, reader, promise;
         bool atomic = false;        // the last write was atomic
         bool many = false;          // several threads have read since the barrier
         bool warps = false;         // and of several warps
@@ -86,7 +83,7 @@ private:
 
     Conflict read(Cell &cell, const Moment &now) const {
         Conflict found;
-        if (cell.pending) found = {Conflict::pending, static_cast<std::uint16_t>(cell.pending - 1)};
+        if (cell.promise.block >= first_) found = {Conflict::pending, cell.promise.thread};
         else if (cell.writer.block < first_) found = {Conflict::unwritten, now.thread};
         else if (!ordered(cell.writer, now)) found = {Conflict::after_write, cell.writer.thread};
         const bool same_warp = cell.reader.thread / 32 == now.thread / 32;
@@ -103,7 +100,7 @@ private:
     Conflict write(Cell &cell, Access access, const Moment &now) const {
         Conflict found;
         const bool both_atomic = access == Access::atomic && cell.atomic;
-        if (cell.pending) found = {Conflict::pending, static_cast<std::uint16_t>(cell.pending - 1)};
+        if (cell.promise.block >= first_) found = {Conflict::pending, cell.promise.thread};
         else if (access == Access::atomic && cell.writer.block < first_) found = {Conflict::unwritten, now.thread};
         else if (!ordered(cell.writer, now) && !both_atomic) found = {Conflict::after_write, cell.writer.thread};
         else if (!after_readers(cell, now)) found = {Conflict::after_read, cell.reader.thread};

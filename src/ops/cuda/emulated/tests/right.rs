@@ -174,7 +174,7 @@ fn the_warps_barrier_orders_memory() {
     let Some(device) = harness() else { return };
     let out = device.alloc::<f32>(192).unwrap();
     device.launch("test_exchange", [1, 1, 1], [64, 1, 1], 0, arguments![&out]).unwrap();
-    let expected: Vec<f32> = (0..192).map(|at| ((at % 64 ^ 1) + at / 64) as f32).collect();
+    let expected: Vec<f32> = (0..192).map(|at| (((at % 64) ^ 1) + at / 64) as f32).collect();
     assert_eq!(device.download(&out).unwrap(), expected);
 }
 
@@ -282,7 +282,7 @@ fn words_are_taken_apart() {
         let picked = u32::from_le_bytes([0, 1, 2, 3].map(|byte| both[(c >> (4 * byte) & 7) as usize]));
         let dot: i32 = a.to_le_bytes().iter().zip(b.to_le_bytes()).map(|(&x, y)| i32::from(x as i8) * i32::from(y as i8)).sum();
         let shifted = ((u64::from(b) << 32 | u64::from(a)) >> (c & 31)) as u32;
-        let high = (u64::from(a) * u64::from(b) >> 32) as u32;
+        let high = ((u64::from(a) * u64::from(b)) >> 32) as u32;
         let expected = [picked, (dot + 17) as u32, a.count_ones() * 100 + a.leading_zeros(), high, shifted, a.reverse_bits()];
         for (row, expected) in expected.into_iter().enumerate() {
             assert_eq!(out[row * 1000 + at], expected, "row {row} of {a:#x} {b:#x} {c:#x}");
