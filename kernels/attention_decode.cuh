@@ -10,13 +10,15 @@
 // Per page b, query by query: rho_b = sum p, Delta_b >= |s_true - s| (in natural units), eta_b >= norm(v - vhat). Gathered over a part:
 //   mass_low = sum_b rho_b e^-Delta_b, value_term = sum_b rho_b e^Delta_b eta_b, key_squares = sum_b rho_b (e^Delta_b - 1)^2,
 //   norm_squares = sum_t p_t norm(vhat_t)^2.  attention_merge.cu turns these into the bound.
+// For the estimate that is no bound, with v_b the variance of the page's score errors and e_b the mean of norm(v - vhat)^2:
+//   meter = sum_t p_t^2 (v_b norm(vhat_t)^2 + e_b), meter_mass = sum_t p_t^2 v_b.
 #pragma once
 
 #include "attention_tile.cuh"
 
 constexpr int DECODE_WARPS = 4;
 constexpr int QUERIES = 8;
-constexpr int PARTIAL_HEAD = 8;  // m, l, norm_squares, mass_low, value_term, key_squares, 0, 0; then the output [width]
+constexpr int PARTIAL_HEAD = 8;  // m, l, norm_squares, mass_low, value_term, key_squares, meter, meter_mass; then the output [width]
 constexpr int PAGE_FACTS = 4;    // ln rho_b, Delta_b, mean of norm(vhat)^2 under the weights, eta_b
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;
@@ -36,7 +38,7 @@ struct DecodeArguments {
 
 // The running softmax of one warp: queries 2j and 2j + 1, sums over the lane's own tokens, output channels r and r + 8 of every 16.
 template <int W> struct DecodeState {
-    float maximum[2], mass[2], norm_squares[2], mass_low[2], value_term[2], key_squares[2];
+    float maximum[2], mass[2], norm_squares[2], mass_low[2], value_term[2], key_squares[2], meter[2], meter_mass[2];
     float output[W / 16][4];
     float page_mass[2], page_norms[2];  // of the page under way
 
@@ -44,7 +46,7 @@ template <int W> struct DecodeState {
 #pragma unroll
         for (int q = 0; q < 2; q++) {
             maximum[q] = -INFINITY;
-            mass[q] = norm_squares[q] = mass_low[q] = value_term[q] = key_squares[q] = page_mass[q] = page_norms[q] = 0;
+            mass[q] = norm_squares[q] = mass_low[q] = value_term[q] = key_squares[q] = meter[q] = meter_mass[q] = page_mass[q] = page_norms[q] = 0;
         }
 #pragma unroll
         for (int tile = 0; tile < W / 16; tile++) output[tile][0] = output[tile][1] = output[tile][2] = output[tile][3] = 0;
@@ -53,7 +55,7 @@ template <int W> struct DecodeState {
 
 // What a page says about its own error, for the lane's two queries.
 struct PageError {
-    float delta_bits[2], value_error, value_factor;
+    float delta_bits[2], variance[2], value_error, value_mean_square, value_factor;
     bool exact;
 };
 
@@ -107,7 +109,7 @@ template <int W> struct Walk {
 
 // A piece of work: a near page, or 32 tokens of an exact one.
 struct Piece {
-    uint32_t entry, half;
+    uint32_t place, entry, half;  // place in the list, what stands there, and which 32 tokens
 };
 
 // Largest power of two not above `x`; 1 for 0.
@@ -170,6 +172,13 @@ template <int W> static __device__ void exact_scores(const Walk<W> &walk, float 
         for (int i = 0; i < 4; i++) scores[tile][i] *= factors[i % 2] / 4096.0f;
 }
 
+// Heads up to this wide need no help with registers: the compilers for newer GPUs load further ahead.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int NARROW_ENOUGH = 96;
+#else
+constexpr int NARROW_ENOUGH = 128;
+#endif
+
 // Value of query `n` = lane / 4, complete in every j, for the lane's queries 2j and 2j + 1.
 static __device__ inline void to_columns(float value, float (&columns)[2]) {
     int j = threadIdx.x % 4;
@@ -184,13 +193,14 @@ static __device__ inline float sum_over_j(float value) {
 // Scores of a page of INT8 keys and Delta, the lesser of
 //   (1/2) sum_c |q_c| scale_c / sqrt(d)   and   norm(q) max_t norm(k_t - khat_t) / sqrt(d),
 // and the rounding of these scores and of the exact page's beside it: both sum products of at most |q_c| (|zero_c| + 255 scale_c).
-template <int W> static __device__ void near_scores(const Walk<W> &walk, float (&scores)[4][4], PageError &error, Int8Int4) {
+template <int W> static __device__ void near_scores(const Walk<W> &walk, float (&scores)[4][4], PageError &error, float, Int8Int4) {
     int lane = threadIdx.x % 32;
     float4 header = walk.keys.template read<float4>(0);
     float power = 4096.0f / power_below(header.z);
-    float scales = 0, offset = 0, zeros = 0;
+    float scales = 0, offset = 0, zeros = 0, squares = 0;
     constexpr uint32_t scale_at = HEADER_BYTES + NORMS_BYTES, zero_at = scale_at + 2 * W, codes_at = zero_at + 2 * W;
-#pragma unroll
+    // Wide heads keep most registers for the output.
+#pragma unroll(W > 128 ? 2 : 4)
     for (int step = 0; step < W / 16; step++) {
         float4 query = walk.query.template read<float4>((step * 32 + lane) * 4);
         uint2 scale_bits = walk.keys.template read<uint2>(scale_at + step * 32 + lane % 4 * 8);
@@ -202,6 +212,7 @@ template <int W> static __device__ void near_scores(const Walk<W> &walk, float (
 #pragma unroll
         for (int c = 0; c < 4; c++) {
             scales += fabsf(scaled[c]);
+            squares = fmaf(scaled[c], scaled[c], squares);
             zeros += fabsf(zeroed[c]);
             offset += fmaf(128.0f, scaled[c], zeroed[c]);
         }
@@ -230,6 +241,7 @@ template <int W> static __device__ void near_scores(const Walk<W> &walk, float (
     float delta = ball < 3e38f ? fminf(0.501f * scales, ball) : INFINITY;
     float rounding = (W + 16) * EPSILON * (2.0f * zeros + 512.0f * scales) + W * header.z * (1.0f / (1 << 30));
     to_columns(delta + rounding, error.delta_bits);
+    to_columns(sum_over_j(squares) / 12.0f, error.variance);
     float offsets[2];
     to_columns(offset, offsets);
     float unscale = 1.0f / power;
@@ -237,6 +249,7 @@ template <int W> static __device__ void near_scores(const Walk<W> &walk, float (
     for (int q = 0; q < 2; q++) {
         float factor = walk.facts[lane % 4 * 2 + q];
         error.delta_bits[q] = fmaf(error.delta_bits[q], factor * ROUNDED_UP, 1e-6f);
+        error.variance[q] *= factor * LN_2 * factor * LN_2;
 #pragma unroll
         for (int tile = 0; tile < 4; tile++) {
             scores[tile][q] = fmaf(scores[tile][q], unscale, offsets[q]) * factor;
@@ -244,11 +257,12 @@ template <int W> static __device__ void near_scores(const Walk<W> &walk, float (
         }
     }
     error.value_error = header.y;
+    error.value_mean_square = header.w;
     error.value_factor = 1;
 }
 
 // Scores of a page of FP8 keys; Delta from the norm of the key error alone. Rounding: |khat_c| <= 448 scale, |q_c| sum <= sqrt(W) norm(q).
-template <int W> static __device__ void near_scores(const Walk<W> &walk, float (&scores)[4][4], PageError &error, Fp8) {
+template <int W> static __device__ void near_scores(const Walk<W> &walk, float (&scores)[4][4], PageError &error, float head_dim, Fp8) {
     int lane = threadIdx.x % 32;
     float4 header = walk.keys.template read<float4>(0);
     constexpr uint32_t codes_at = 2 * HEADER_BYTES + NORMS_BYTES;
@@ -275,6 +289,8 @@ template <int W> static __device__ void near_scores(const Walk<W> &walk, float (
     for (int q = 0; q < 2; q++) {
         float factor = walk.facts[lane % 4 * 2 + q], norm = walk.facts[QUERIES + lane % 4 * 2 + q];
         error.delta_bits[q] = fmaf(norm * (header.x + rounding), factor * ROUNDED_UP, 1e-6f);
+        // Errors without a direction of their own.
+        error.variance[q] = norm * factor * LN_2 * norm * factor * LN_2 * walk.keys.template read<float>(20) / head_dim;
 #pragma unroll
         for (int tile = 0; tile < 4; tile++) {
             scores[tile][q] *= scale * factor;
@@ -282,6 +298,7 @@ template <int W> static __device__ void near_scores(const Walk<W> &walk, float (
         }
     }
     error.value_error = header.y;
+    error.value_mean_square = header.w;
     error.value_factor = walk.keys.template read<float>(16);
 }
 
@@ -311,7 +328,7 @@ static __device__ void soften(const Walk<W> &walk, DecodeState<W> &state, float 
         float maximum = fmaxf(state.maximum[q], largest - shift);
         factor[q] = fast_exp2(state.maximum[q] - maximum);
         state.maximum[q] = maximum;
-        float mass = 0, squares = 0;
+        float mass = 0, squares = 0, second = 0, second_norms = 0;
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
@@ -321,12 +338,14 @@ static __device__ void soften(const Walk<W> &walk, DecodeState<W> &state, float 
                 scores[tile][q + 2 * lower] = weight;
                 mass += weight;
                 squares = fmaf(weight * norm, norm, squares);
+                second = fmaf(weight, weight, second);
+                second_norms = fmaf(weight * norm, weight * norm, second_norms);
             }
         state.mass[q] = fmaf(state.mass[q], factor[q], mass);
         state.norm_squares[q] = fmaf(state.norm_squares[q], factor[q], squares);
         state.page_mass[q] = first ? mass : fmaf(state.page_mass[q], factor[q], mass);
         state.page_norms[q] = first ? squares : fmaf(state.page_norms[q], factor[q], squares);
-        float low = mass, value_term = 0, key_squares = 0;
+        float low = mass, value_term = 0, key_squares = 0, meter = 0, meter_mass = 0;
         if (!error.exact) {
             float raised = fast_exp2(error.delta_bits[q]) * (1.0f + 1e-6f), excess = raised - 1.0f;
             low = mass * fast_exp2(-error.delta_bits[q]) * (1.0f - 1e-6f);
@@ -334,10 +353,14 @@ static __device__ void soften(const Walk<W> &walk, DecodeState<W> &state, float 
             float rounded = fmaf(error.value_error + 5e-7f, mass, 4.9e-4f * sqrtf(mass * squares));
             value_term = raised * rounded;
             key_squares = excess * excess * mass;
+            meter = fmaf(error.variance[q], second_norms, error.value_mean_square * second);
+            meter_mass = error.variance[q] * second;
         }
         state.mass_low[q] = fmaf(state.mass_low[q], factor[q], low);
         state.value_term[q] = fmaf(state.value_term[q], factor[q], value_term);
         state.key_squares[q] = fmaf(state.key_squares[q], factor[q], key_squares);
+        state.meter[q] = fmaf(state.meter[q], factor[q] * factor[q], meter);
+        state.meter_mass[q] = fmaf(state.meter_mass[q], factor[q] * factor[q], meter_mass);
     }
     if (__any_sync(all_lanes, factor[0] != 1.0f || factor[1] != 1.0f)) {
 #pragma unroll
@@ -384,6 +407,8 @@ template <int W> static __device__ void near_output(const Walk<W> &walk, DecodeS
     for (int group = 0; group < num_groups(W); group++) {
         __half2 scale[8], zero[8];
         uint32_t at = 32 * W + group * 4 * PAGE + j * 32;
+        // Keeps the compiler from loading far ahead, which spills.
+        if (W > NARROW_ENOUGH && group % 2 == 0) __syncwarp();
 #pragma unroll
         for (int part = 0; part < 2; part++) {
             uint4 scales = walk.values.template read<uint4>(at + part * 16), zeros = walk.values.template read<uint4>(at + 2 * PAGE + part * 16);
@@ -440,7 +465,7 @@ static __device__ inline float sum_over_r(float value) {
 // Writes what recovery wants to know of a page that is done.
 template <int W>
 static __device__ void write_page_facts(const DecodeArguments &arguments, const Walk<W> &walk, const DecodeState<W> &state,
-                                        const PageError &error, uint32_t kv_head, uint32_t entry) {
+                                        const PageError &error, uint32_t kv_head, uint32_t place) {
     int lane = threadIdx.x % 32;
 #pragma unroll
     for (int q = 0; q < 2; q++) {
@@ -450,7 +475,7 @@ static __device__ void write_page_facts(const DecodeArguments &arguments, const 
         size_t head = (size_t)kv_head * arguments.group + walk.first_query + query;
         float4 facts = {(state.maximum[q] + log2f(mass)) * LN_2, error.exact ? 0.0f : error.delta_bits[q] * LN_2,
                         mass > 0 ? norms / mass : 0.0f, error.exact ? 0.0f : error.value_error};
-        *(float4 *)(arguments.page_facts + (head * arguments.list_stride + entry) * PAGE_FACTS) = facts;
+        *(float4 *)(arguments.page_facts + (head * arguments.list_stride + place) * PAGE_FACTS) = facts;
     }
 }
 
@@ -466,6 +491,7 @@ static __device__ void merge_warps(const DecodeArguments &arguments, const Walk<
         Shared<float> row = rows + (warp * QUERIES + lane % 4 * 2 + q) * FLOATS;
         float mass = sum_over_r(state.mass[q]), norm_squares = sum_over_r(state.norm_squares[q]), low = sum_over_r(state.mass_low[q]);
         float value_term = sum_over_r(state.value_term[q]), key_squares = sum_over_r(state.key_squares[q]);
+        float meter = sum_over_r(state.meter[q]), meter_mass = sum_over_r(state.meter_mass[q]);
         if (r == 0) {
             row[0] = state.maximum[q];
             row[1] = mass;
@@ -473,8 +499,8 @@ static __device__ void merge_warps(const DecodeArguments &arguments, const Walk<
             row[3] = low;
             row[4] = value_term;
             row[5] = key_squares;
-            row[6] = 0.0f;
-            row[7] = 0.0f;
+            row[6] = meter;
+            row[7] = meter_mass;
         }
 #pragma unroll
         for (int tile = 0; tile < W / 16; tile++) {
@@ -496,8 +522,10 @@ static __device__ void merge_warps(const DecodeArguments &arguments, const Walk<
         float *partial = arguments.partials + (head * gridDim.x + blockIdx.x) * FLOATS;
         for (int at = lane; at < FLOATS; at += 32) {
             float sum = 0;
+            bool squared = at == 6 || at == 7;
 #pragma unroll
-            for (int other = 0; other < DECODE_WARPS; other++) sum = fmaf(factors[other], rows[(other * QUERIES + query) * FLOATS + at], sum);
+            for (int other = 0; other < DECODE_WARPS; other++)
+                sum = fmaf(squared ? factors[other] * factors[other] : factors[other], (float)rows[(other * QUERIES + query) * FLOATS + at], sum);
             partial[at] = at == 0 ? maximum : sum;
         }
     }
@@ -522,17 +550,19 @@ template <int W, class Near> static __device__ void decode_attention(const Decod
     uint32_t end = min(length, (blockIdx.x + 1) * share);
 
     auto tokens_of = [&](Piece piece) {
-        uint32_t tokens = piece.entry + 1 == length ? arguments.last_tokens : PAGE;
+        uint32_t tokens = piece.place + 1 == length ? arguments.last_tokens : PAGE;
         return min(tokens - 32 * piece.half, 32u);
     };
     auto next = [&](Piece piece) {
-        bool second = list[piece.entry] & EXACT && piece.half == 0 && (piece.entry + 1 < length || arguments.last_tokens > 32);
-        return second ? Piece{piece.entry, 1} : Piece{piece.entry + DECODE_WARPS, 0};
+        bool second = piece.entry & EXACT && piece.half == 0 && (piece.place + 1 < length || arguments.last_tokens > 32);
+        if (second) return Piece{piece.place, piece.entry, 1};
+        uint32_t place = piece.place + DECODE_WARPS;
+        return Piece{place, place < end ? list[place] : 0, 0};
     };
     auto copy_keys = [&](Piece piece) {
-        if (piece.entry < end) {
-            uint32_t entry = list[piece.entry], slot = entry & ~EXACT;
-            if (!Near::near || entry & EXACT) {
+        if (piece.place < end) {
+            uint32_t slot = piece.entry & ~EXACT;
+            if (!Near::near || piece.entry & EXACT) {
                 const uint8_t *page = arguments.exact_pages + slot * exact_page_bytes(W);
                 copy_async(walk.keys, 0, page, NORMS_BYTES);
                 copy_async(walk.keys, NORMS_BYTES, page + NORMS_BYTES + piece.half * 64 * W, 64 * W);
@@ -543,9 +573,9 @@ template <int W, class Near> static __device__ void decode_attention(const Decod
         cp_async_commit();
     };
     auto copy_values = [&](Piece piece) {
-        if (piece.entry < end) {
-            uint32_t entry = list[piece.entry], slot = entry & ~EXACT;
-            if (!Near::near || entry & EXACT) {
+        if (piece.place < end) {
+            uint32_t slot = piece.entry & ~EXACT;
+            if (!Near::near || piece.entry & EXACT) {
                 const uint8_t *page = arguments.exact_pages + slot * exact_page_bytes(W) + NORMS_BYTES + 128 * W;
                 copy_async(walk.values, 0, page + piece.half * 64 * W, 64 * W);
             } else if constexpr (Near::near) {
@@ -556,19 +586,20 @@ template <int W, class Near> static __device__ void decode_attention(const Decod
         cp_async_commit();
     };
 
-    Piece piece = {blockIdx.x * share + warp, 0};
+    uint32_t first = blockIdx.x * share + warp;
+    Piece piece = {first, first < end ? list[first] : 0, 0};
     copy_keys(piece);
     copy_values(piece);
     load_queries<W>(arguments, walk, kv_head);
     DecodeState<W> state;
     state.clear();
-    while (piece.entry < end) {
+    while (piece.place < end) {
+        // Asked for now: the entry is there when the copy needs it.
         Piece following = next(piece);
-        PageError error = {{0, 0}, 0, 1, true};
-        bool page_done = following.entry != piece.entry;
+        PageError error = {{0, 0}, {0, 0}, 0, 0, 1, true};
         cp_async_wait<1>();
         __syncwarp();
-        if (!Near::near || list[piece.entry] & EXACT) {
+        if (!Near::near || piece.entry & EXACT) {
             float scores[2][4] = {};
             WeightTile weights[2];
             exact_scores<W>(walk, scores);
@@ -582,7 +613,7 @@ template <int W, class Near> static __device__ void decode_attention(const Decod
             float scores[4][4] = {};
             WeightTile weights[4];
             error.exact = false;
-            near_scores<W>(walk, scores, error, Near{});
+            near_scores<W>(walk, scores, error, (float)arguments.head_dim, Near{});
             soften<4, W>(walk, state, scores, weights, error, Near::norms_offset, PAGE, Near::shift, true);
             __syncwarp();
             copy_keys(following);
@@ -590,7 +621,7 @@ template <int W, class Near> static __device__ void decode_attention(const Decod
             __syncwarp();
             near_output<W>(walk, state, weights, Near{});
         }
-        if (page_done) write_page_facts<W>(arguments, walk, state, error, kv_head, piece.entry);
+        if (following.place != piece.place) write_page_facts<W>(arguments, walk, state, error, kv_head, piece.place);
         __syncwarp();
         copy_values(following);
         piece = following;
@@ -601,7 +632,7 @@ template <int W, class Near> static __device__ void decode_attention(const Decod
 
 // A kernel of this kind; the line after it registers it.
 #define DECODE(name, width, near)                                                                                                           \
-    extern "C" __global__ void __launch_bounds__(32 * DECODE_WARPS)                                                                         \
+    extern "C" __global__ void __launch_bounds__(32 * DECODE_WARPS, width > 128 ? 1 : 3)                                                      \
         name(const float *queries, const uint8_t *exact_pages, const uint8_t *near_pages, const uint32_t *lists,                             \
              const uint32_t *list_lengths, float *partials, float *page_facts, uint32_t last_tokens, uint32_t list_stride, uint32_t group,   \
              uint32_t head_dim) {                                                                                                            \

@@ -10,13 +10,16 @@
 // the last since S_p also counts the exact pages of p. So
 //   norm(O - Ohat) <= (1/W_low) [ value_term + sum_p sqrt(key_squares_p S_p) ],
 //   S_p = norm_squares_p - 2 Ohat . o_p + rho_p norm(Ohat)^2.
+// The meter, no bound: errors of scores and values as independent with known variances give
+//   E norm(O - Ohat)^2 = sum_t u_t^2 [v_b norm(vhat_t - Ohat)^2 + e_b], here with norm(vhat_t)^2 + norm(Ohat)^2 for the square of the
+// difference: no vector of its own is carried for the mixed term -2 vhat_t . Ohat, which is negative where values point along the output.
 // Nothing was rounded away from pages that are exact: when all are, Delta and eta are 0 and so is the bound.
 
 #include "numbers.cuh"
 
 constexpr int PARTIAL_HEAD = 8;
 constexpr int MAX_SPLITS = 1024;
-constexpr int SUMMARY = 8;  // lse, bound, norm of the output, W_low, sqrt(S), splits' largest part, 0, 0
+constexpr int SUMMARY = 12;  // lse, bound, norm of the output, W_low, sqrt(S), value and key terms of the bound, unread, meter, 0, 0, 0
 constexpr float LN_2 = 0.6931471805599453f;
 
 // Rounding of S_p as computed, relative to the sum of its terms' sizes; and of what is summed in f32 over a context.
@@ -45,13 +48,15 @@ extern "C" __global__ void __launch_bounds__(128)
     __syncthreads();
 
     // The scalars, each thread for itself and in one order; then the output, a thread per channel.
-    float mass = 0, norm_squares = 0, mass_low = 0, value_term = 0;
+    float mass = 0, norm_squares = 0, mass_low = 0, value_term = 0, meter = 0, meter_mass = 0;
     for (uint32_t split = 0; split < splits; split++) {
         float factor = factors[split];
         mass = fmaf(factor, parts[split * floats + 1], mass);
         norm_squares = fmaf(factor, parts[split * floats + 2], norm_squares);
         mass_low = fmaf(factor, parts[split * floats + 3], mass_low);
         value_term = fmaf(factor, parts[split * floats + 4], value_term);
+        meter = fmaf(factor * factor, parts[split * floats + 6], meter);
+        meter_mass = fmaf(factor * factor, parts[split * floats + 7], meter_mass);
     }
     float inverse = mass > 0 ? 1.0f / mass : 0.0f, squares = 0;
     for (uint32_t c = threadIdx.x; c < width; c += blockDim.x) {
@@ -95,5 +100,7 @@ extern "C" __global__ void __launch_bounds__(128)
     summary[5] = value_term;
     summary[6] = key_term;
     summary[7] = 0;
+    summary[8] = sqrtf(fmaf(meter_mass, squares, meter)) * inverse;
+    summary[9] = summary[10] = summary[11] = 0;
 }
 KERNEL(attention_merge);

@@ -192,12 +192,12 @@ extern "C" __global__ void __launch_bounds__(SELECT_THREADS)
 }
 KERNEL(select_pages);
 
-constexpr int SUMMARY = 8;
+constexpr int SUMMARY = 12;
 
 // How far the output of one head is from the one with all pages read, for what was skipped. With T = sum over unread pages of
 // 64 e^{U - lse} the unread pages hold at most tau = T / (mass_low + T) of the mass (mass_low lowers the read mass by its own error), and
 //   norm(O - O_read) = tau norm(mean of unread values - O_read) <= tau (largest norm of an unread value + norm(O_read)),
-// where norm(O_read) <= norm(output) + bound. Written to the last place of the summary; to be added to the bound.
+// where norm(O_read) <= norm(output) + bound. Written to place 7 of the summary; to be added to the bound.
 // Grid [heads], block of 128.
 extern "C" __global__ void unread_bound(const float *bounds, const float *value_norms, float *summaries, uint32_t pages, uint32_t stride,
                                         uint32_t group) {

@@ -9,7 +9,7 @@ use crate::ops::cuda::{Buffer, Device, fits};
 /// Floats of a part before its output.
 const PARTIAL_HEAD: usize = 8;
 /// Floats of a [`Summary`].
-const SUMMARY: usize = 8;
+const SUMMARY: usize = 12;
 /// Floats of a [`PageFacts`].
 const PAGE_FACTS: usize = 4;
 const WARPS: usize = 4;
@@ -38,7 +38,7 @@ pub struct DecodeInputs<'a, D: Device> {
 pub struct DecodeBuffers<D: Device> {
     /// `[heads, head_dim]`; 0 for an empty list.
     pub output: Buffer<D, f32>,
-    /// `[heads, 8]`, see [`Summary`].
+    /// `[heads, 12]`, see [`Summary`].
     pub summaries: Buffer<D, f32>,
     /// `[heads, list_stride, 4]`, see [`PageFacts`].
     pub page_facts: Buffer<D, f32>,
@@ -88,13 +88,15 @@ pub struct Summary {
     pub key_term: f32,
     /// To be added to `bound` when pages were skipped; 0 until [`super::unread_bound`] has run.
     pub unread: f32,
+    /// Expected norm(output - output with every page of the list exact), errors taken as independent: an estimate, not a bound.
+    pub meter: f32,
 }
 
 impl Summary {
     /// Head `head` of downloaded summaries.
     pub fn of(summaries: &[f32], head: usize) -> Self {
-        let [lse, bound, norm, mass_low, spread, value_term, key_term, unread] = summaries.as_chunks::<SUMMARY>().0[head];
-        Self { lse, bound, norm, mass_low, spread, value_term, key_term, unread }
+        let [lse, bound, norm, mass_low, spread, value_term, key_term, unread, meter, ..] = summaries.as_chunks::<SUMMARY>().0[head];
+        Self { lse, bound, norm, mass_low, spread, value_term, key_term, unread, meter }
     }
 }
 
@@ -163,7 +165,7 @@ fn shared_bytes(width: usize) -> usize {
 #[cfg(test)]
 mod tests {
     use super::super::EXACT;
-    use super::super::reference::attend;
+    use super::super::reference::{attend, coded};
     use super::super::testing::{Cache, Draw, Tokens, distance, norm};
     use super::*;
     use crate::ops::cuda::Emulated;
@@ -255,9 +257,51 @@ mod tests {
         }
         let rounding = 1e-3 * f64::from(summary.norm + summary.spread) * f64::from(summary.mass_low).recip();
         assert!(error <= shares + rounding, "{shares} {summary:?}");
+        let meter = expected_meter(cache, query, pages, head, lse, f64::from(summary.norm));
+        assert!((f64::from(summary.meter) - meter).abs() <= 2e-3 * meter, "{meter} {summary:?}");
         // The bound of the whole list taken as one part; more parts only lower it.
         let whole = (value_term + key_squares.sqrt() * f64::from(summary.spread)) / low;
         assert!(f64::from(summary.bound) <= 1.01 * whole + rounding, "{whole} {summary:?}");
+    }
+
+    /// The meter's formula in f64, with the norms of decoded values rounded up as the pages have them.
+    fn expected_meter(cache: &Cache, query: &[f32], pages: &[(usize, bool)], head: usize, lse: f64, norm_of_output: f64) -> f64 {
+        let width = query.len();
+        let mut sum = 0.0;
+        for page in pages.iter().filter(|page| cache.near != Near::F16 && !page.1 && page.0 < cache.count / PAGE) {
+            let exact = cache.seen(head / cache.shape.group, &[*page]).1;
+            let coded = coded(cache.near, &cache.shape, &exact);
+            let variance = coded.score_variance(query);
+            for (token, key) in coded.head.keys.chunks_exact(width).enumerate() {
+                let score = query.iter().zip(key).map(|(q, k)| f64::from(*q) * f64::from(*k)).sum::<f64>() / (width as f64).sqrt();
+                let weight = (score - lse).exp();
+                let distance = coded.value_norms[token].powi(2) + norm_of_output.powi(2);
+                sum += weight.powi(2) * (variance * distance + coded.value_mean_square);
+            }
+        }
+        sum.sqrt()
+    }
+
+    #[test]
+    fn the_meter_is_calibrated() {
+        let Some(device) = Emulated::new() else { return };
+        let device = device.in_order(crate::ops::cuda::Order::Forward);
+        let (mut draw, shape) = (Draw::new(14), Shape { kv_heads: 1, group: 8, head_dim: 64 });
+        let mut ratios: Vec<f64> = vec![];
+        for _ in 0..30 {
+            let tokens = Tokens::draw(&mut draw, &shape, 400);
+            let cache = Cache::new(&device, &mut draw, shape, Near::Int8Int4, tokens);
+            let queries: Vec<f32> = (0..512).map(|at| draw.normal() * (0.2 + 0.2 * (at / 64) as f32)).collect();
+            let pages = listed(&mut draw, &cache, 100);
+            let answer = answer(&device, &cache, &queries, &pages, 2);
+            for head in 0..8 {
+                let (truth, _) = attend(&queries[head * 64..][..64], &cache.seen(0, &pages).1, |_| true);
+                ratios.push(distance(&answer.output[head * 64..][..64], &truth) / f64::from(Summary::of(&answer.summaries, head).meter));
+            }
+        }
+        ratios.sort_by(f64::total_cmp);
+        let (median, most) = (ratios[ratios.len() / 2], ratios[ratios.len() - 1]);
+        assert!((0.8..=1.2).contains(&median) && most < 2.0, "median {median}, most {most}");
     }
 
     fn queries(draw: &mut Draw, shape: &Shape) -> Vec<f32> {

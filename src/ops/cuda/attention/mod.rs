@@ -13,6 +13,7 @@ mod layout;
 mod prefill;
 #[cfg(test)]
 mod reference;
+mod rotate;
 mod select;
 #[cfg(test)]
 mod testing;
@@ -21,4 +22,5 @@ pub use append::{Rows, append, encode};
 pub use decode::{DecodeBuffers, DecodeInputs, PageFacts, Summary, decode, num_splits};
 pub use layout::{EXACT, Near, PAGE, Shape, exact_page, exact_page_bytes, exact_rows};
 pub use prefill::{PrefillInputs, prefill};
+pub use rotate::{Turn, rotate};
 pub use select::{BoundsInputs, Selection, box_bytes, page_bounds, page_boxes, select_pages, unread_bound};

@@ -17,6 +17,22 @@ pub(super) struct Coded {
     pub(super) key_radius: f64,
     pub(super) value_error: f64,
     pub(super) value_norms: Vec<f64>,
+    pub(super) value_mean_square: f64,
+    key_mean_square: f64,
+    /// Steps of the key channels; none for formats without.
+    key_scales: Vec<f32>,
+}
+
+impl Coded {
+    /// Variance of q . (k_t - khat_t) / sqrt(d): uniform over the steps, or the mean square without a direction.
+    pub(super) fn score_variance(&self, query: &[f32]) -> f64 {
+        let width = query.len() as f64;
+        let squares = query.iter().map(|q| f64::from(*q).powi(2));
+        if self.key_scales.is_empty() {
+            return squares.sum::<f64>() * self.key_mean_square / (width * width);
+        }
+        squares.zip(&self.key_scales).map(|(q, scale)| q * f64::from(*scale).powi(2)).sum::<f64>() / (12.0 * width)
+    }
 }
 
 /// The smallest half not below `x >= 0`.
@@ -25,14 +41,15 @@ pub(super) fn half_up(x: f64) -> f16 {
     if nearest.to_f64() < x { f16::from_bits(nearest.to_bits() + 1) } else { nearest }
 }
 
-/// Rounds a group to `levels + 1` evenly spaced levels, each `fma(scale, code, least)`.
-fn affine(group: &mut [f32], levels: f32) {
+/// Rounds a group to `levels + 1` evenly spaced levels, each `fma(scale, code, least)`, and returns the scale.
+fn affine(group: &mut [f32], levels: f32) -> f32 {
     let (low, high) = group.iter().fold((f32::INFINITY, f32::NEG_INFINITY), |(low, high), x| (low.min(*x), high.max(*x)));
     let scale = half_up(f64::from((high - low) / levels)).to_f32();
     for x in group {
         let code = if scale > 0.0 { ((*x - low) / scale).round_ties_even().clamp(0.0, levels) } else { 0.0 };
         *x = scale.mul_add(code, low);
     }
+    scale
 }
 
 /// The e4m3 number nearest to `x`, ties to even.
@@ -52,7 +69,7 @@ fn fp8(page: &mut [f32]) {
 /// Encodes and decodes a full page of one head.
 pub(super) fn coded(near: Near, shape: &Shape, exact: &Head) -> Coded {
     let width = shape.head_dim;
-    let mut head = exact.clone();
+    let (mut head, mut key_scales) = (exact.clone(), vec![]);
     match near {
         Near::F16 => {}
         Near::Fp8 => {
@@ -62,15 +79,23 @@ pub(super) fn coded(near: Near, shape: &Shape, exact: &Head) -> Coded {
         Near::Int8Int4 => {
             for channel in 0..width {
                 let mut column: Vec<f32> = head.keys.iter().skip(channel).step_by(width).copied().collect();
-                affine(&mut column, 255.0);
+                key_scales.push(affine(&mut column, 255.0));
                 head.keys.iter_mut().skip(channel).step_by(width).zip(column).for_each(|(key, x)| *key = x);
             }
-            head.values.chunks_exact_mut(width).for_each(|row| row.chunks_mut(32).for_each(|group| affine(group, 15.0)));
+            for group in head.values.chunks_exact_mut(width).flat_map(|row| row.chunks_mut(32)) {
+                affine(group, 15.0);
+            }
         }
     }
     let distance = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| (f64::from(*a) - f64::from(*b)).powi(2)).sum::<f64>().sqrt();
-    let largest = |a: &[f32], b: &[f32]| a.chunks_exact(width).zip(b.chunks_exact(width)).map(|(a, b)| distance(a, b)).fold(0.0, f64::max);
+    let errors =
+        |a: &[f32], b: &[f32]| -> Vec<f64> { a.chunks_exact(width).zip(b.chunks_exact(width)).map(|(a, b)| distance(a, b)).collect() };
+    let largest = |a: &[f32], b: &[f32]| errors(a, b).into_iter().fold(0.0, f64::max);
+    let mean_square = |a: &[f32], b: &[f32]| errors(a, b).iter().map(|error| error * error).sum::<f64>() / PAGE as f64;
     Coded {
+        value_mean_square: mean_square(&head.values, &exact.values),
+        key_mean_square: mean_square(&head.keys, &exact.keys),
+        key_scales,
         key_radius: largest(&head.keys, &exact.keys),
         value_error: largest(&head.values, &exact.values),
         value_norms: head.values.chunks_exact(width).map(|row| distance(row, &vec![0.0; width])).collect(),
