@@ -81,11 +81,12 @@ fn show_certificates(report: &Report, printer: &Printer) -> Result<()> {
     let (Some(violations), Some(promoted)) = (cache.certificate_violations, cache.pages_promoted) else { return Ok(()) };
     let percent = |share: Option<f64>| share.map_or_else(String::new, |share| format!("{:.3}%", share * 100.0));
     printer.data(format!(
-        "certificates: {violations} violations; bound {} in the mean and {} at most, error {} and {}, estimate {}; error beyond twice the estimate {}",
+        "certificates: {violations} violations; bound {} in the mean and {} at most, error {} and {}{}; estimate {}, error beyond twice that {}",
         percent(cache.bound_mean),
         percent(cache.bound_max),
         percent(cache.error_mean),
         percent(cache.error_max),
+        cache.bound_over_error.map_or_else(String::new, |factor| format!(", bound over error {factor:.1} in the median")),
         percent(cache.meter_mean),
         percent(cache.meter_exceeded),
     ))?;

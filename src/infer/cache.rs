@@ -160,6 +160,9 @@ pub struct Counters {
     pub error_sum: f64,
     /// The largest of them.
     pub error_max: f64,
+    /// How often the hard bound was so many times the true error: the first entry counts factors below 2^(1/2), each next one factors
+    /// 2^(1/2) larger, the last all beyond. Outputs without any error are left out.
+    pub looseness: [u64; 32],
 }
 
 impl Counters {
@@ -187,6 +190,43 @@ impl Counters {
         self.meter_exceeded += other.meter_exceeded;
         self.error_sum += other.error_sum;
         self.error_max = self.error_max.max(other.error_max);
+        self.looseness.iter_mut().zip(other.looseness).for_each(|(mine, theirs)| *mine += theirs);
+    }
+
+    /// Notes the factor between a bound and the error it bounds.
+    pub(super) fn compare_bound(&mut self, bound: f64, error: f64) {
+        if error > 0.0 {
+            let half_octaves = (2.0 * (bound / error).log2()).clamp(0.0, (self.looseness.len() - 1) as f64);
+            self.looseness[half_octaves as usize] += 1;
+        }
+    }
+
+    /// The median factor between bound and error, to within 2^(1/4); nothing when no output had an error.
+    pub fn median_looseness(&self) -> Option<f64> {
+        let total: u64 = self.looseness.iter().sum();
+        let mut left = total.checked_sub(1)? / 2;
+        for (at, &count) in self.looseness.iter().enumerate() {
+            if left < count {
+                return Some(f64::exp2((at as f64 + 0.5) / 2.0));
+            }
+            left -= count;
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_median_factor_is_found_within_its_class() {
+        let mut counters = Counters::default();
+        assert_eq!(counters.median_looseness(), None);
+        [1.0, 3.0, 3.1, 40.0, f64::INFINITY].iter().for_each(|factor| counters.compare_bound(*factor, 1.0));
+        counters.compare_bound(1.0, 0.0);
+        let median = counters.median_looseness().unwrap();
+        assert!((median / 3.1).log2().abs() <= 0.25 && counters.looseness.iter().sum::<u64>() == 5, "{median}");
     }
 }
 

@@ -36,6 +36,8 @@ pub struct CacheReport {
     pub bound_mean: Option<f64>,
     pub meter_mean: Option<f64>,
     pub error_mean: Option<f64>,
+    /// Median over head-steps of bound over true error, to within a fifth.
+    pub bound_over_error: Option<f64>,
     pub bound_max: Option<f64>,
     pub error_max: Option<f64>,
     /// Share of head-steps whose error was beyond twice the estimate.
@@ -70,6 +72,7 @@ impl CacheReport {
             bound_mean: certified.then(|| mean(counters.bound_sum, head_steps)),
             meter_mean: certified.then(|| mean(counters.meter_sum, head_steps)),
             error_mean: certified.then(|| mean(counters.error_sum, counters.checked)),
+            bound_over_error: counters.median_looseness().filter(|_| certified),
             bound_max: certified.then_some(counters.bound_max),
             error_max: certified.then_some(counters.error_max),
             meter_exceeded: certified.then(|| share(counters.meter_exceeded, counters.checked)),

@@ -243,5 +243,6 @@ fn compare(group: &Group<'_>, finals: &[Assessment], out: &[f32], counters: &mut
         counters.meter_exceeded += u64::from(error > group.metered(assessment));
         counters.error_sum += assessment.relative(error);
         counters.error_max = counters.error_max.max(assessment.relative(error));
+        counters.compare_bound(assessment.bound, error);
     }
 }
