@@ -306,6 +306,7 @@ fn compare<D: Device>(attention: &mut Attention<D>, device: &D, reading: &Readin
         let error = output.iter().zip(reference).map(|(a, b)| (f64::from(*a) - f64::from(*b)).powi(2)).sum::<f64>().sqrt();
         attention.counters.checked += 1;
         attention.counters.violations += u64::from(error > found.bound);
+        attention.counters.compare_bound(found.bound, error);
         attention.counters.error_sum += found.relative(error);
         attention.counters.error_max = attention.counters.error_max.max(found.relative(error));
     }
