@@ -169,8 +169,19 @@ fn devices_that_are_not_there_are_refused() {
     for device in ["gpu", "cuda", "cuda:x", ""] {
         sandbox.osprey(&["train", "tiny.toml", "--device", device]).refused(&["--device"]);
     }
+    let commands: [&[&str]; 3] = [
+        &["eval", "absent", "--text", "absent"],
+        &["validate", "absent", "--against", "absent", "--text", "absent"],
+        &["generate", "absent"],
+    ];
+    for command in commands {
+        sandbox.osprey(&[command, &["--device", "gpu"]].concat()).refused(&["--device", "cuda:N"]);
+    }
     if !cfg!(feature = "cuda") {
         sandbox.osprey(&["train", "tiny.toml", "--device", "cuda:0"]).refused(&["--device", "without CUDA"]);
+        for command in commands {
+            sandbox.osprey(&[command, &["--device", "cuda:0"]].concat()).refused(&["cuda:0", "without CUDA", "--features cuda"]);
+        }
     }
     assert!(!sandbox.path("run").exists());
 }
@@ -524,9 +535,9 @@ const COMMANDS: &str = "\
 osprey <COMMAND> --help --quiet --version
 train <RECIPE> --device --help --json --quiet --replay --resume --set --verify-resume
 export <MODEL> --format --help --json --out --quiet
-validate <ARTIFACT> --against --attention --certificate --context --document-separator --epsilon --help --json --kv --max-documents --quiet --text
-eval <MODEL> --attention --certificate --context --document-separator --epsilon --help --json --kv --max-documents --quiet --text --tokens
-generate <MODEL> --attention --certificate --epsilon --help --kv --max-tokens --min-p --prompt --quiet --seed --temperature --top-k --top-p
+validate <ARTIFACT> --against --attention --certificate --context --device --document-separator --epsilon --help --json --kv --max-documents --quiet --text
+eval <MODEL> --attention --certificate --context --device --document-separator --epsilon --help --json --kv --max-documents --quiet --text --tokens
+generate <MODEL> --attention --certificate --device --epsilon --help --kv --max-tokens --min-p --prompt --quiet --seed --temperature --top-k --top-p
 data <RECIPE> --help --json --quiet --set
 plan <RECIPE> --help --json --quiet --set
 inspect <PATH> --help --json --quiet

@@ -1,6 +1,7 @@
 // Runs the kernels' sources as C++ on the CPU: what `common.cuh` includes when the compiler is not nvcc.
 #pragma once
 
+#include <memory>
 #include <string>
 #include <utility>
 

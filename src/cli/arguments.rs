@@ -114,10 +114,18 @@ pub struct Text {
     pub context: Option<usize>,
 }
 
+/// What a model runs on.
+#[derive(Args, Debug)]
+pub struct Processor {
+    /// Where to compute: `cpu` or `cuda:N`.
+    #[arg(long, default_value = "cpu")]
+    pub device: String,
+}
+
 /// How keys and values are kept and read.
 #[derive(Args, Debug)]
 pub struct Cache {
-    /// How the cache stores keys and values: f32 (as trained, the default), f16, fp8, int8-int4, turboquant-2, -2.5, -3, -3.5, -4, oscar-2.
+    /// How the cache stores keys and values: f32 (as trained, the default on the CPU), f16 (the default on a GPU), fp8, int8-int4, turboquant-2, -2.5, -3, -3.5, -4, oscar-2.
     #[arg(long, value_name = "FORMAT")]
     pub kv: Option<String>,
     /// Which pages of the cache a token reads: dense (all, the default), window[=TOKENS], quest[=PAGES], top-k[=SHARE or PAGES].
@@ -142,6 +150,8 @@ pub struct Validate {
     #[command(flatten)]
     pub text: Text,
     #[command(flatten)]
+    pub processor: Processor,
+    #[command(flatten)]
     pub cache: Cache,
     #[command(flatten)]
     pub report: Report,
@@ -153,6 +163,8 @@ pub struct Eval {
     pub model: PathBuf,
     #[command(flatten)]
     pub text: Text,
+    #[command(flatten)]
+    pub processor: Processor,
     #[command(flatten)]
     pub cache: Cache,
     /// Write one JSON line per predicted token: document, position, token, nll, top1.
@@ -187,6 +199,8 @@ pub struct Generate {
     /// Equal seeds give equal text.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
+    #[command(flatten)]
+    pub processor: Processor,
     #[command(flatten)]
     pub cache: Cache,
 }

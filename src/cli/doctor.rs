@@ -1,5 +1,7 @@
 //! `osprey doctor`.
 
+mod gpu;
+
 use super::arguments::Report;
 use super::printer::Printer;
 use super::{Status, start_threads, write_json};
@@ -8,6 +10,7 @@ use crate::model::{Config, Decoder, Face, GradientBuffers, init::initialize};
 use crate::ops::cpu::isa::{Isa, isa};
 use crate::ops::host::host;
 use crate::train::step;
+use gpu::Presence;
 use serde::Serialize;
 use std::sync::Arc;
 
@@ -22,8 +25,13 @@ struct Findings {
     cores: usize,
     instruction_path: String,
     instruction_path_supported: String,
-    cuda: &'static str,
+    cuda: String,
+    /// The NVIDIA driver, where there is one.
+    driver: Option<String>,
+    nccl: bool,
+    mpi: bool,
     agreements: Vec<Agreement>,
+    gpu: Option<Box<gpu::Findings>>,
 }
 
 #[derive(Serialize)]
@@ -45,26 +53,42 @@ pub(super) fn run(command: &Report, printer: &Printer) -> Result<Status> {
     start_threads(None)?;
     let faces = [("dense", Face::Dense), ("osp", Face::Osp), ("bitnet", Face::Bitnet)];
     let agreements = faces.into_iter().map(|(name, face)| agreement(name, face)).collect::<Result<Vec<_>>>()?;
+    let (cuda, gpu) = match gpu::examine_first()? {
+        Presence::Found(found) => ("built in".to_owned(), Some(found)),
+        Presence::Absent(reason) if cfg!(feature = "cuda") => (format!("built in; {reason}"), None),
+        Presence::Absent(_) => ("not built in (cargo build --release --features cuda)".to_owned(), None),
+    };
     let findings = Findings {
         version: env!("CARGO_PKG_VERSION"),
         cores: rayon::current_num_threads(),
         instruction_path: isa().to_string(),
         instruction_path_supported: Isa::supported().to_string(),
-        cuda: if cfg!(feature = "cuda") { "built in" } else { "not built in (cargo build --features cuda)" },
+        cuda,
+        driver: gpu::driver(),
+        nccl: gpu::has_library(&[c"libnccl.so.2", c"libnccl.so"]),
+        mpi: gpu::has_library(&[c"libmpi.so", c"libmpi.so.40", c"libmpi.so.12"]),
         agreements,
+        gpu,
     };
     write_json(command.json.as_deref(), &findings)?;
     printer.data(format!("osprey            {}", findings.version))?;
     printer.data(format!("threads           {}", findings.cores))?;
     printer.data(format!("instruction path  {} (this CPU has {})", findings.instruction_path, findings.instruction_path_supported))?;
     printer.data(format!("CUDA              {}", findings.cuda))?;
+    printer.data(format!("NVIDIA driver     {}", findings.driver.as_deref().unwrap_or("none")))?;
+    let found = |is_there: bool| if is_there { "found" } else { "not found" };
+    printer.data(format!("NCCL              {}", found(findings.nccl)))?;
+    printer.data(format!("MPI               {}", found(findings.mpi)))?;
     let row = |one: &Agreement| {
         let verdict = if one.is_sound() { "ok" } else { "WRONG" };
         vec![one.face.to_owned(), format!("{:.1e}", one.loss_difference), format!("{:.1e}", one.gradient_difference), verdict.to_owned()]
     };
     let rows: Vec<_> = findings.agreements.iter().map(row).collect();
     printer.table(&["fused against reference", "loss", "gradients", ""], &rows)?;
-    let sound = findings.agreements.iter().all(Agreement::is_sound);
+    if let Some(found) = &findings.gpu {
+        gpu::show(found, printer)?;
+    }
+    let sound = findings.agreements.iter().all(Agreement::is_sound) && findings.gpu.as_ref().is_none_or(|found| found.is_sound());
     Ok(if sound { Status::Done } else { Status::FellShort })
 }
 

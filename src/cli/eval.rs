@@ -10,9 +10,10 @@ use std::io::{BufWriter, Write};
 
 /// Measures the loss and prints it; with `--tokens`, every token's as well.
 pub(super) fn run(command: &Eval, printer: &Printer) -> Result<Status> {
-    let cache = command.cache.options()?;
+    let processor = command.processor.device.parse()?;
+    let cache = command.cache.options(processor)?;
     start_threads(None)?;
-    let engine = Engine::load(&command.model)?;
+    let engine = Engine::load_on(&command.model, processor)?;
     let documents = model::read(&command.text, engine.tokenizer()?, engine.spec().context)?;
     let found = evaluate(&engine, &documents, cache, |_| ())?;
     if let Some(path) = &command.tokens {

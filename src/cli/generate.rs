@@ -10,9 +10,10 @@ use crate::infer::{Engine, Session, cache};
 
 /// Streams the continuation of the prompt.
 pub(super) fn run(command: &Generate, printer: &Printer) -> Result<Status> {
-    let cache = command.cache.options()?;
+    let processor = command.processor.device.parse()?;
+    let cache = command.cache.options(processor)?;
     start_threads(None)?;
-    let engine = Engine::load(&command.model)?;
+    let engine = Engine::load_on(&command.model, processor)?;
     let config = Config {
         temperature: f64::from(command.temperature),
         top_k: command.top_k,

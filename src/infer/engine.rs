@@ -1,29 +1,21 @@
-//! The decoder over stored weights. Every floating-point operation is the training forward's own kernel, applied in the same order as in
-//! `model::decoder`, so with an f32 cache the logits have the same bits, however a sequence is cut into calls.
+//! A model ready to run, wherever its weights are.
 
-use super::kv::{Queries, Store};
-use super::linear::{Codes, Linear, products};
+use super::cuda::CudaModel;
+use super::decoder::Decoder;
+use super::kv::Format;
+use super::model::Model;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use crate::export::parameter::Parameter;
-use crate::model::{Activation, Spec};
-use crate::ops::cpu::gated::{Activation as Gate, gated_forward};
-use crate::ops::cpu::norm::rms_norm_forward;
-use crate::ops::cpu::rope::RotaryTable;
+use crate::model::Spec;
+use crate::ops::cuda::Device;
 use std::collections::BTreeMap;
-
-const EMBEDDING: &str = "model.embed_tokens.weight";
 
 /// A model ready to run.
 pub struct Engine {
     spec: Spec,
     tokenizer: Option<Tokenizer>,
-    embedding: Parameter,
-    embedding_projection: Option<Linear>,
-    layers: Vec<Layer>,
-    norm: Vec<f32>,
-    head_projection: Option<Linear>,
-    head: Linear,
+    model: Box<dyn Model>,
     pub(super) size: Size,
 }
 
@@ -62,40 +54,28 @@ impl Size {
     }
 }
 
-struct Layer {
-    input_norm: Vec<f32>,
-    attention: [Linear; 3],
-    /// Gains of the norms over heads of q and k.
-    head_norms: Option<[Vec<f32>; 2]>,
-    attention_sub_norm: Option<Vec<f32>>,
-    output: Linear,
-    middle_norm: Vec<f32>,
-    gate_up: [Linear; 2],
-    mlp_sub_norm: Option<Vec<f32>>,
-    down: Linear,
-}
-
 impl Engine {
     /// Takes in stored parameters: exactly those of `spec`, matrices row-major with rows in Hugging Face's order.
     ///
     /// # Errors
     /// When one is missing or has another shape.
     pub fn new(spec: Spec, parameters: &BTreeMap<String, Parameter>, tokenizer: Option<Tokenizer>) -> Result<Self> {
-        let weights = Weights { parameters, spec: &spec };
-        weights.check()?;
-        let layers = (0..spec.layers).map(|layer| weights.layer(layer)).collect::<Result<Vec<_>>>()?;
-        let projection = |name: &str| spec.embedding_projection.then(|| weights.dense(name)).transpose();
-        Ok(Self {
-            embedding: weights.get(EMBEDDING)?.clone(),
-            embedding_projection: projection("model.embed_projection.weight")?,
-            norm: weights.gain("model.norm.weight")?,
-            head_projection: projection("model.head_projection.weight")?,
-            head: weights.dense(if spec.tied { EMBEDDING } else { "lm_head.weight" })?,
-            size: Size::of(parameters),
-            layers,
-            tokenizer,
-            spec,
-        })
+        let model = Box::new(Decoder::new(&spec, parameters)?);
+        Ok(Self { model, size: Size::of(parameters), tokenizer, spec })
+    }
+
+    /// The same on a device, which keeps dense weights in half precision.
+    ///
+    /// # Errors
+    /// When a parameter is missing or has another shape, the device's kernels cannot run such a model, or there is no room for it.
+    pub fn on_device<D: Device + 'static>(
+        device: D,
+        spec: Spec,
+        parameters: &BTreeMap<String, Parameter>,
+        tokenizer: Option<Tokenizer>,
+    ) -> Result<Self> {
+        let model = Box::new(CudaModel::new(device, &spec, parameters)?);
+        Ok(Self { model, size: Size::of(parameters), tokenizer, spec })
     }
 
     /// Its shape.
@@ -119,201 +99,19 @@ impl Engine {
     }
 
     /// Logits of rows of hidden states (`[rows, dim]`), `[rows, vocab]`.
-    pub fn logits(&self, hidden: &[f32]) -> Vec<f32> {
-        let mut logits = vec![];
-        products(hidden, [&self.head], [&mut logits], &mut Codes::default());
-        logits
+    ///
+    /// # Errors
+    /// When a device fails; never on the CPU.
+    pub fn logits(&self, hidden: &[f32]) -> Result<Vec<f32>> {
+        self.model.logits(hidden)
     }
 
-    /// Runs `ids` at positions from `first` on and leaves what the head reads, `[ids, dim]`, in `work.normalized`. Keys and values are
-    /// appended to `stores`, one per layer.
-    pub(super) fn forward(
-        &self,
-        ids: &[u32],
-        first: usize,
-        rope: &RotaryTable,
-        stores: &mut [Box<dyn Store>],
-        work: &mut Work,
-    ) -> Result<()> {
-        let pass = Pass { engine: self, first, rope };
-        work.positions.clear();
-        work.positions.extend((first..first + ids.len()).map(|position| position as u32));
-        self.embed(ids, work)?;
-        for (index, (layer, store)) in self.layers.iter().zip(stores).enumerate() {
-            pass.attend(layer, &mut **store, work)?;
-            work.add_and_normalize(&layer.middle_norm, self.epsilon());
-            pass.transform(layer, work);
-            let next = self.layers.get(index + 1).map_or(&self.norm, |next| &next.input_norm);
-            work.add_and_normalize(next, self.epsilon());
-        }
-        if let Some(projection) = &self.head_projection {
-            products(&work.normalized, [projection], [&mut work.output], &mut work.codes);
-            std::mem::swap(&mut work.normalized, &mut work.output);
-        }
-        Ok(())
+    /// The most exact cache it has: the bits of training on the CPU, f16 on a device.
+    pub fn exact_cache(&self) -> Format {
+        self.model.exact_cache()
     }
 
-    fn epsilon(&self) -> f32 {
-        self.spec.norm_eps as f32
-    }
-
-    /// The stream and its first norm.
-    fn embed(&self, ids: &[u32], work: &mut Work) -> Result<()> {
-        let dim = self.spec.dim;
-        let row_bytes = self.embedding.bytes().len() / self.spec.vocab;
-        work.x.resize(ids.len() * dim, 0.0);
-        for (row, &id) in work.x.chunks_exact_mut(dim).zip(ids) {
-            let bytes = self.embedding.bytes().get(id as usize * row_bytes..).and_then(|rest| rest.get(..row_bytes));
-            let bytes = bytes.ok_or_else(|| Error::input("token", format!("id {id} is beyond the vocabulary of {}", self.spec.vocab)))?;
-            self.embedding.format.decode_row(bytes, row)?;
-        }
-        if let Some(projection) = &self.embedding_projection {
-            products(&work.x, [projection], [&mut work.output], &mut work.codes);
-            std::mem::swap(&mut work.x, &mut work.output);
-        }
-        let gain = self.layers.first().map_or(&self.norm, |layer| &layer.input_norm);
-        normalize(dim, self.epsilon(), &work.x, gain, &mut work.normalized, &mut work.scales);
-        Ok(())
-    }
-}
-
-/// One pass through the blocks.
-struct Pass<'a> {
-    engine: &'a Engine,
-    first: usize,
-    rope: &'a RotaryTable,
-}
-
-impl Pass<'_> {
-    /// `work.normalized` -> attention -> `work.output`.
-    fn attend(&self, layer: &Layer, store: &mut dyn Store, work: &mut Work) -> Result<()> {
-        let (spec, epsilon) = (&self.engine.spec, self.engine.epsilon());
-        let Work { normalized, q, k, v, attended, output, codes, scales, positions, .. } = work;
-        products(normalized, layer.attention.each_ref(), [&mut *q, &mut *k, &mut *v], codes);
-        if let Some(gains) = &layer.head_norms {
-            for (projected, gain) in [&mut *q, &mut *k].into_iter().zip(gains) {
-                normalize(spec.head_dim, epsilon, projected, gain, attended, scales);
-                std::mem::swap(projected, attended);
-            }
-        }
-        self.rope.rotate(q, positions);
-        self.rope.rotate(k, positions);
-        store.append(k, v);
-        attended.resize(q.len(), 0.0);
-        let Spec { heads, kv_heads, head_dim, .. } = *spec;
-        store.attend(Queries { q, heads, kv_heads, head_dim, first_position: self.first }, attended)?;
-        if let Some(gain) = &layer.attention_sub_norm {
-            normalize(spec.heads * spec.head_dim, epsilon, attended, gain, q, scales);
-            std::mem::swap(attended, q);
-        }
-        products(attended, [&layer.output], [output], codes);
-        Ok(())
-    }
-
-    /// `work.normalized` -> MLP -> `work.output`.
-    fn transform(&self, layer: &Layer, work: &mut Work) {
-        let spec = &self.engine.spec;
-        let Work { normalized, gate, up, inner, output, codes, scales, .. } = work;
-        products(normalized, layer.gate_up.each_ref(), [&mut *gate, &mut *up], codes);
-        let function = match spec.activation {
-            Activation::SwiGlu => Gate::Silu,
-            Activation::Relu2Glu => Gate::SquaredRelu,
-        };
-        inner.resize(gate.len(), 0.0);
-        gated_forward(function, gate, up, inner);
-        if let Some(gain) = &layer.mlp_sub_norm {
-            normalize(spec.ffn, self.engine.epsilon(), inner, gain, gate, scales);
-            std::mem::swap(inner, gate);
-        }
-        products(inner, [&layer.down], [output], codes);
-    }
-}
-
-fn normalize(width: usize, epsilon: f32, x: &[f32], gain: &[f32], y: &mut Vec<f32>, scales: &mut Vec<f32>) {
-    y.resize(x.len(), 0.0);
-    scales.resize(x.len() / width, 0.0);
-    rms_norm_forward(width, epsilon, x, None, gain, y, scales);
-}
-
-/// Buffers that a session keeps, so that a step allocates nothing.
-#[derive(Default)]
-pub(super) struct Work {
-    /// The residual stream, `[rows, dim]`.
-    x: Vec<f32>,
-    /// The stream after the norm that comes next; in the end what the head reads.
-    pub(super) normalized: Vec<f32>,
-    /// What the next add puts onto the stream.
-    output: Vec<f32>,
-    sum: Vec<f32>,
-    q: Vec<f32>,
-    k: Vec<f32>,
-    v: Vec<f32>,
-    attended: Vec<f32>,
-    gate: Vec<f32>,
-    up: Vec<f32>,
-    inner: Vec<f32>,
-    scales: Vec<f32>,
-    positions: Vec<u32>,
-    codes: Codes,
-}
-
-impl Work {
-    /// Adds `output` to the stream and normalizes it.
-    fn add_and_normalize(&mut self, gain: &[f32], epsilon: f32) {
-        let rows = self.positions.len();
-        self.sum.resize(self.x.len(), 0.0);
-        self.normalized.resize(self.x.len(), 0.0);
-        self.scales.resize(rows, 0.0);
-        let residual = Some((&self.x[..], &mut self.sum[..]));
-        rms_norm_forward(self.x.len() / rows, epsilon, &self.output, residual, gain, &mut self.normalized, &mut self.scales);
-        std::mem::swap(&mut self.x, &mut self.sum);
-    }
-}
-
-/// Stored parameters on their way into an engine.
-struct Weights<'a> {
-    parameters: &'a BTreeMap<String, Parameter>,
-    spec: &'a Spec,
-}
-
-impl Weights<'_> {
-    fn check(&self) -> Result<()> {
-        for (name, shape) in self.spec.parameters() {
-            let found = &self.get(&name)?.shape;
-            if *found != shape {
-                return Err(Error::input(name, format!("has the shape {found:?} where {shape:?} is expected")));
-            }
-        }
-        Ok(())
-    }
-
-    fn get(&self, name: &str) -> Result<&Parameter> {
-        self.parameters.get(name).ok_or_else(|| Error::input(name, "is missing from the model"))
-    }
-
-    fn gain(&self, name: &str) -> Result<Vec<f32>> {
-        self.get(name)?.to_vec()
-    }
-
-    fn dense(&self, name: &str) -> Result<Linear> {
-        Linear::dense(name, self.get(name)?)
-    }
-
-    fn layer(&self, index: usize) -> Result<Layer> {
-        let name = |part: &str| format!("model.layers.{index}.{part}.weight");
-        let gain = |part: &str| self.gain(&name(part));
-        let matrix = |part: &str| Linear::of_block(&name(part), self.get(&name(part))?, self.spec.linear);
-        let (qk_norm, sub_norm) = (self.spec.qk_norm, self.spec.sub_norm);
-        Ok(Layer {
-            input_norm: gain("input_layernorm")?,
-            attention: [matrix("self_attn.q_proj")?, matrix("self_attn.k_proj")?, matrix("self_attn.v_proj")?],
-            head_norms: if qk_norm { Some([gain("self_attn.q_norm")?, gain("self_attn.k_norm")?]) } else { None },
-            attention_sub_norm: sub_norm.then(|| gain("self_attn.attn_sub_norm")).transpose()?,
-            output: matrix("self_attn.o_proj")?,
-            middle_norm: gain("post_attention_layernorm")?,
-            gate_up: [matrix("mlp.gate_proj")?, matrix("mlp.up_proj")?],
-            mlp_sub_norm: sub_norm.then(|| gain("mlp.ffn_sub_norm")).transpose()?,
-            down: matrix("mlp.down_proj")?,
-        })
+    pub(super) fn model(&self) -> &dyn Model {
+        &*self.model
     }
 }

@@ -35,17 +35,10 @@ impl Linear {
     /// # Errors
     /// When `name` is no matrix.
     pub fn of_block(name: &str, weight: &Parameter, kind: LinearKind) -> Result<Self> {
-        let (outputs, inputs) = sides(name, weight)?;
-        if ternary_by_id(weight.format.layout().id).is_some() {
-            return match stored_codes(weight, inputs)? {
-                Some((codes, scale)) => Ok(Self::Ternary(PackedTernary::from_codes(&codes, outputs, inputs, scale))),
-                None => Self::dense(name, weight),
-            };
-        }
-        match kind {
-            LinearKind::Dense => Self::dense(name, weight),
-            LinearKind::Ternary => Ok(Self::Ternary(PackedTernary::from_weights(&weight.to_vec()?, outputs, inputs))),
-        }
+        Ok(match ternary(name, weight, kind)? {
+            Some(packed) => Self::Ternary(packed),
+            None => Self::dense(name, weight)?,
+        })
     }
 
     /// Width of y.
@@ -65,7 +58,22 @@ impl Linear {
     }
 }
 
-fn sides(name: &str, weight: &Parameter) -> Result<(usize, usize)> {
+/// The codes of a matrix of a block that meets 8-bit activations, as [`Linear::of_block`] decides it; `None` for a dense one.
+///
+/// # Errors
+/// When `name` is no matrix.
+pub(super) fn ternary(name: &str, weight: &Parameter, kind: LinearKind) -> Result<Option<PackedTernary>> {
+    let (outputs, inputs) = sides(name, weight)?;
+    if ternary_by_id(weight.format.layout().id).is_some() {
+        return Ok(stored_codes(weight, inputs)?.map(|(codes, scale)| PackedTernary::from_codes(&codes, outputs, inputs, scale)));
+    }
+    Ok(match kind {
+        LinearKind::Dense => None,
+        LinearKind::Ternary => Some(PackedTernary::from_weights(&weight.to_vec()?, outputs, inputs)),
+    })
+}
+
+pub(super) fn sides(name: &str, weight: &Parameter) -> Result<(usize, usize)> {
     match weight.shape[..] {
         [outputs, inputs] => Ok((outputs, inputs)),
         _ => Err(Error::input(name, format!("has the shape {:?} where a matrix is expected", weight.shape))),

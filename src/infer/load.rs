@@ -3,8 +3,32 @@
 use super::Engine;
 use crate::error::{Error, Result};
 use crate::export::import::load_any;
+use crate::ops::cuda::Cuda;
 use std::fs;
 use std::path::Path;
+use std::str::FromStr;
+
+/// What a model runs on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Processor {
+    #[default]
+    Cpu,
+    /// The GPU of this number.
+    Cuda(usize),
+}
+
+impl FromStr for Processor {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let number = text.strip_prefix("cuda:").and_then(|number| number.parse().ok());
+        match (text, number) {
+            ("cpu", _) => Ok(Self::Cpu),
+            (_, Some(number)) => Ok(Self::Cuda(number)),
+            _ => Err(Error::input("--device", format!("there is no device {text:?}")).fix("give cpu, or cuda:N with the number of a GPU")),
+        }
+    }
+}
 
 impl Engine {
     /// Opens a GGUF file, a Hugging Face directory or an Osprey checkpoint. Weights keep the bits of the file; the embedding stays mapped,
@@ -13,8 +37,24 @@ impl Engine {
     /// # Errors
     /// When there is no model at `path`, it is malformed, or it is of a kind that cannot be run; the message names file and cause.
     pub fn load(path: &Path) -> Result<Self> {
+        Self::load_on(path, Processor::Cpu)
+    }
+
+    /// The same, to run on `processor`. A GPU keeps dense weights in half precision.
+    ///
+    /// # Errors
+    /// As [`Engine::load`], and when there is no such device, it has no room for the model or no kernels for it.
+    pub fn load_on(path: &Path, processor: Processor) -> Result<Self> {
+        // A device that is not there is said before a large file is read.
+        let device = match processor {
+            Processor::Cpu => None,
+            Processor::Cuda(number) => Some(Cuda::new(number)?),
+        };
         let loaded = load_any(path)?;
-        let mut engine = Self::new(loaded.spec, &loaded.parameters, loaded.tokenizer)?;
+        let mut engine = match device {
+            None => Self::new(loaded.spec, &loaded.parameters, loaded.tokenizer)?,
+            Some(device) => Self::on_device(device, loaded.spec, &loaded.parameters, loaded.tokenizer)?,
+        };
         engine.size.artifact_bytes = artifact_bytes(path)?;
         Ok(engine)
     }

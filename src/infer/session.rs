@@ -1,31 +1,25 @@
 //! One sequence on an engine: its cache, and the three ways on: many tokens, one token, back.
 
-use super::cache::{self, Counters, Options};
-use super::engine::{Engine, Work};
-use super::kv::{self, Store};
+use super::cache::{Counters, Options};
+use super::engine::Engine;
+use super::model::Sequence;
 use crate::error::{Error, Result};
-use crate::ops::cpu::rope::RotaryTable;
-
-/// Tokens that pass through the blocks together: enough for the matrix products, little enough for the caches of the processor.
-const CHUNK: usize = 512;
 
 /// A sequence in progress.
 pub struct Session<'e> {
     engine: &'e Engine,
-    rope: RotaryTable,
     options: Options,
-    stores: Vec<Box<dyn Store>>,
-    work: Work,
+    sequence: Box<dyn Sequence + 'e>,
     length: usize,
     capacity: usize,
 }
 
 impl<'e> Session<'e> {
     /// An empty sequence of at most `capacity` tokens, which the model's context must cover. `options` may be a bare
-    /// [`Format`](kv::Format).
+    /// [`Format`](super::kv::Format).
     ///
     /// # Errors
-    /// When the context or the machine's memory is too small, or the options do not fit the model or each other.
+    /// When the context or the machine's memory is too small, or the options do not fit the model, the device or each other.
     pub fn new(engine: &'e Engine, options: impl Into<Options>, capacity: usize) -> Result<Self> {
         let options = options.into();
         let spec = engine.spec();
@@ -33,16 +27,7 @@ impl<'e> Session<'e> {
             return Err(Error::input("context", format!("{capacity} tokens are more than the {} the model was made for", spec.context))
                 .fix(format!("ask for at most {}", spec.context)));
         }
-        cache::check_memory(cache::bytes(&options, capacity, spec.layers, spec.kv_heads, spec.head_dim)?, cache::available_memory())?;
-        Ok(Self {
-            engine,
-            rope: RotaryTable::new(spec.head_dim, spec.rope_theta, capacity),
-            stores: (0..spec.layers).map(|layer| kv::store(&options, layer, spec.kv_heads, spec.head_dim)).collect::<Result<_>>()?,
-            options,
-            work: Work::default(),
-            length: 0,
-            capacity,
-        })
+        Ok(Self { engine, sequence: engine.model().sequence(&options, capacity)?, options, length: 0, capacity })
     }
 
     /// The engine it runs on.
@@ -57,10 +42,7 @@ impl<'e> Session<'e> {
 
     /// What its attention did since it began, truncated parts included.
     pub fn counters(&self) -> Counters {
-        self.stores.iter().fold(Counters::default(), |mut sum, store| {
-            sum.add(&store.counters());
-            sum
-        })
+        self.sequence.counters()
     }
 
     /// Bytes per token that attention reads when it reads every page, over all layers.
@@ -90,7 +72,7 @@ impl<'e> Session<'e> {
     /// Goes back to the first `length` tokens; their keys and values stay.
     pub fn truncate(&mut self, length: usize) {
         if length < self.length {
-            self.stores.iter_mut().for_each(|store| store.truncate(length));
+            self.sequence.truncate(length);
             self.length = length;
         }
     }
@@ -98,11 +80,9 @@ impl<'e> Session<'e> {
     /// Appends `ids` and returns what the head reads at each of them, `[ids, dim]`; [`Engine::logits`] turns rows of it into logits.
     ///
     /// # Errors
-    /// When the sequence would outgrow its capacity or an id is beyond the vocabulary; the sequence then stays as it was.
+    /// When the sequence would outgrow its capacity or an id is beyond the vocabulary; the sequence then stays as it was. When a device fails.
     pub fn hidden(&mut self, ids: &[u32]) -> Result<Vec<f32>> {
-        let mut hidden = Vec::with_capacity(ids.len() * self.engine.spec().dim);
-        on_pool(|| self.run(ids, |rows| hidden.extend_from_slice(rows)))?;
-        Ok(hidden)
+        self.append(ids, |sequence, first| sequence.hidden(ids, first))
     }
 
     /// Appends `ids`, at least one, and returns the logits after the last of them, `[vocab]`.
@@ -113,15 +93,7 @@ impl<'e> Session<'e> {
         if ids.is_empty() {
             return Err(Error::input("prompt", "has no tokens").fix("give at least one"));
         }
-        let engine = self.engine;
-        on_pool(|| {
-            let mut last = vec![];
-            self.run(ids, |rows| {
-                last.clear();
-                last.extend_from_slice(&rows[rows.len() - engine.spec().dim..]);
-            })?;
-            Ok(engine.logits(&last))
-        })
+        self.append(ids, |sequence, first| sequence.logits_after(ids, first))
     }
 
     /// Appends `ids` and returns the logits after each of them, `[ids, vocab]`; for sequences whose logits fit in memory.
@@ -130,7 +102,7 @@ impl<'e> Session<'e> {
     /// As [`Session::hidden`].
     pub fn prefill_all(&mut self, ids: &[u32]) -> Result<Vec<f32>> {
         let hidden = self.hidden(ids)?;
-        Ok(self.engine.logits(&hidden))
+        self.engine.logits(&hidden)
     }
 
     /// Appends one token and returns the logits after it, `[vocab]`.
@@ -141,14 +113,14 @@ impl<'e> Session<'e> {
         self.prefill(&[id])
     }
 
-    fn run(&mut self, ids: &[u32], mut take: impl FnMut(&[f32])) -> Result<()> {
+    fn append<T>(&mut self, ids: &[u32], run: impl FnOnce(&mut dyn Sequence, usize) -> Result<T>) -> Result<T> {
         self.check(ids)?;
-        for chunk in ids.chunks(CHUNK) {
-            self.engine.forward(chunk, self.length, &self.rope, &mut self.stores, &mut self.work)?;
-            self.length += chunk.len();
-            take(&self.work.normalized);
+        let found = run(&mut *self.sequence, self.length);
+        match found {
+            Ok(_) => self.length += ids.len(),
+            Err(_) => self.sequence.truncate(self.length),
         }
-        Ok(())
+        found
     }
 
     fn check(&self, ids: &[u32]) -> Result<()> {
@@ -163,12 +135,6 @@ impl<'e> Session<'e> {
             None => Ok(()),
         }
     }
-}
-
-/// Runs `work` on a thread of the pool: a parallel kernel called from there starts at once, while one called from any other thread would
-/// put that thread to sleep and wake it again, for each of a token's many products.
-fn on_pool<T: Send>(work: impl FnOnce() -> T + Send) -> T {
-    rayon::scope(|_| work())
 }
 
 #[cfg(test)]

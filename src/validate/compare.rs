@@ -63,10 +63,11 @@ pub fn compare(
             *hidden = session.hidden(&document.ids[..document.predicted()])?;
         }
         for (first, targets) in document.ids[1..].chunks(ROWS).enumerate() {
-            let logits = [(artifact, &hidden[0]), (reference, &hidden[1])].map(|(engine, hidden)| {
+            let logits = |engine: &Engine, hidden: &[f32]| {
                 let dim = engine.spec().dim;
                 engine.logits(&hidden[first * ROWS * dim..][..targets.len() * dim])
-            });
+            };
+            let logits = [logits(artifact, &hidden[0])?, logits(reference, &hidden[1])?];
             totals.add(index, first * ROWS + 1, targets, &logits, artifact.spec().vocab, options.worst);
         }
         check_finite(totals.nll + totals.reference_nll, index)?;

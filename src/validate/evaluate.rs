@@ -61,7 +61,7 @@ pub fn evaluate(
         let dim = engine.spec().dim;
         let mut nll = 0.0;
         for (hidden, targets) in hidden.chunks(ROWS * dim).zip(targets.chunks(ROWS)) {
-            let logits = engine.logits(hidden);
+            let logits = engine.logits(hidden)?;
             let losses: Vec<f64> = logits.par_chunks(engine.spec().vocab).zip(targets).map(|(row, &target)| loss(row, target)).collect();
             nll += losses.iter().sum::<f64>();
         }

@@ -36,7 +36,7 @@ pub fn places(engine: &Engine, documents: &[Document], cache: impl Into<cache::O
         session.truncate(0);
         let hidden = session.hidden(&ids[..ids.len() - 1])?;
         for (chunk, (hidden, targets)) in hidden.chunks(ROWS * dim).zip(ids[1..].chunks(ROWS)).enumerate() {
-            let logits = engine.logits(hidden);
+            let logits = engine.logits(hidden)?;
             let rows = logits.par_chunks(vocab).zip(targets).enumerate();
             let place = |(row, (logits, &token)): (usize, (&[f32], &u32))| Place {
                 document,

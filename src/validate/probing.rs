@@ -5,7 +5,6 @@ use crate::data::builtin::{Config, Probe, Skill, long_probes, skill_probes};
 use crate::data::tokenizer::Tokenizer;
 use crate::error::Result;
 use crate::infer::Engine;
-use crate::infer::kv::Format;
 
 /// The seed of probes: no training document has it.
 pub const SEED: u64 = u64::MAX;
@@ -47,7 +46,7 @@ pub fn probes(engine: &Engine, context: usize) -> Result<Vec<Probe>> {
     let is_trial = |probe: &&Probe| probe.spot.is_some_and(|spot| spot.length == shortest);
     let trials = |skill| long.iter().filter(is_trial).filter(move |probe| probe.skill == skill).take(TRIALS).cloned();
     let trials: Vec<Probe> = short.chain(trials(Skill::Needle)).chain(trials(Skill::Pair)).collect();
-    let scores = skills(engine, &trials, Format::default())?;
+    let scores = skills(engine, &trials, engine.exact_cache())?;
     let knows = |skill: Skill| scores.iter().any(|score: &SkillScore| score.skill == skill && score.share() >= KNOWN);
     let more = skill_probes(&Config::default(), SEED, 100);
     Ok(more.into_iter().filter(|probe| probe.skill == Skill::Recall).chain(long).filter(|probe| knows(probe.skill)).collect())

@@ -5,16 +5,24 @@
 //! divergent barriers and accesses out of bounds. How kernels are written is told in `kernels/README.md`.
 
 pub mod attention;
+pub mod bench;
+pub mod check;
+pub mod dense;
 mod device;
+pub mod embedding;
+#[cfg(test)]
+pub(crate) mod emulated;
+pub mod gated;
 #[cfg(not(feature = "cuda"))]
 #[path = "disabled.rs"]
 mod gpu;
 #[cfg(feature = "cuda")]
 #[path = "enabled.rs"]
 mod gpu;
-
-#[cfg(test)]
-pub(crate) mod emulated;
+pub mod norm;
+pub mod rope;
+mod stacked;
+pub mod ternary;
 
 pub use crate::arguments;
 pub use device::{Arg, Buffer, Device, Element, Place, fits};

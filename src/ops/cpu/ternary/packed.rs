@@ -102,6 +102,16 @@ impl PackedTernary {
         (word >> shift(column % SIDE) & 3) as i8 - 1
     }
 
+    /// The codes of one output, 16 inputs to a word: byte j holds those of inputs j, 4 + j, 8 + j and 12 + j, each plus one, from its
+    /// lowest bits up. Inputs beyond the last have weight zero.
+    ///
+    /// # Panics
+    /// When there is no such row.
+    pub fn row_words(&self, row: usize) -> impl Iterator<Item = u32> {
+        assert!(row < self.rows, "row {row} of {}", self.rows);
+        (0..self.tiles_per_row()).map(move |tile| self.word(row, tile))
+    }
+
     /// Writes scale * code, row-major.
     ///
     /// # Panics
@@ -245,6 +255,8 @@ mod tests {
             for (place, code) in codes.iter().enumerate() {
                 assert_eq!(packed.code(place / columns, place % columns), *code);
                 assert_eq!(dense[place], f32::from(*code) * 0.25);
+                let word = packed.row_words(place / columns).nth(place % columns / 16).unwrap();
+                assert_eq!((word >> shift(place % columns % 16) & 3) as i8 - 1, *code);
             }
             let zeros = codes.iter().filter(|code| **code == 0).count();
             assert_eq!(packed.zero_fraction(), zeros as f64 / codes.len().max(1) as f64);

@@ -1,0 +1,143 @@
+//! What `osprey doctor` finds out about a GPU: what it is, every kernel against its CPU reference, and how fast each is beside a copy.
+
+use super::super::printer::Printer;
+use crate::error::Result;
+use crate::ops::cuda::bench::{Measurement, Sizes, measure};
+use crate::ops::cuda::check::{Agreement, attention_kernels, model_kernels};
+use crate::ops::cuda::{Cuda, Device};
+use serde::Serialize;
+use std::ffi::CStr;
+
+/// One device.
+#[derive(Serialize)]
+pub(super) struct Findings {
+    device: String,
+    multiprocessors: u32,
+    memory_bytes: usize,
+    free_bytes: usize,
+    agreements: Vec<Agreement>,
+    /// Empty where a kernel is wrong: nobody wants to know how fast.
+    speeds: Vec<Measurement>,
+}
+
+impl Findings {
+    pub(super) fn is_sound(&self) -> bool {
+        self.agreements.iter().all(Agreement::is_sound)
+    }
+}
+
+/// What is known of GPUs here.
+pub(super) enum Presence {
+    Found(Box<Findings>),
+    /// None, or none that can be used: the reason.
+    Absent(String),
+}
+
+/// Examines the first GPU, when there is one.
+///
+/// # Errors
+/// When it is there but fails.
+pub(super) fn examine_first() -> Result<Presence> {
+    match Cuda::new(0) {
+        Ok(device) => Ok(Presence::Found(Box::new(examine(&device, &Sizes::full())?))),
+        Err(error) => Ok(Presence::Absent(match error.hint() {
+            Some(hint) => format!("{error} ({hint})"),
+            None => error.to_string(),
+        })),
+    }
+}
+
+fn examine<D: Device>(device: &D, sizes: &Sizes) -> Result<Findings> {
+    let (free_bytes, memory_bytes) = device.room()?;
+    let mut agreements = model_kernels(device)?;
+    agreements.extend(attention_kernels(device)?);
+    let is_sound = agreements.iter().all(Agreement::is_sound);
+    let speeds = if is_sound { measure(device, sizes)? } else { vec![] };
+    Ok(Findings { device: device.describe(), multiprocessors: device.multiprocessors(), memory_bytes, free_bytes, agreements, speeds })
+}
+
+/// Prints the findings; figures as a table in Markdown.
+pub(super) fn show(findings: &Findings, printer: &Printer) -> Result<()> {
+    let gigabytes = |bytes: usize| bytes as f64 / 1e9;
+    printer.data(format!(
+        "GPU               {}, {} multiprocessors, {:.1} GB of which {:.1} free",
+        findings.device,
+        findings.multiprocessors,
+        gigabytes(findings.memory_bytes),
+        gigabytes(findings.free_bytes)
+    ))?;
+    let row = |one: &Agreement| {
+        let verdict = if one.is_sound() { "ok" } else { "WRONG" };
+        vec![
+            one.kernel.to_owned(),
+            one.cases.to_string(),
+            format!("{:.1e}", one.error),
+            format!("{:.1e}", one.tolerance),
+            verdict.to_owned(),
+        ]
+    };
+    let rows: Vec<_> = findings.agreements.iter().map(row).collect();
+    printer.table(&["kernel against the CPU", "cases", "error", "at most", ""], &rows)?;
+    markdown(&findings.speeds).iter().try_for_each(|line| printer.data(line))
+}
+
+/// The table that goes into the documentation.
+fn markdown(speeds: &[Measurement]) -> Vec<String> {
+    if speeds.is_empty() {
+        return vec![];
+    }
+    let mut lines =
+        vec!["| kernel | size | us | GB/s | TFLOP/s | of copy |".to_owned(), "| --- | --- | --- | --- | --- | --- |".to_owned()];
+    lines.extend(speeds.iter().map(|one| {
+        let Measurement { kernel, shape, microseconds, gbytes_per_second, tflops, of_copy } = one;
+        format!("| {kernel} | {shape} | {microseconds:.1} | {gbytes_per_second:.0} | {tflops:.2} | {:.0}% |", of_copy * 100.0)
+    }));
+    lines
+}
+
+/// The first line of what the NVIDIA driver says of itself.
+pub(super) fn driver() -> Option<String> {
+    let text = std::fs::read_to_string("/proc/driver/nvidia/version").ok()?;
+    text.lines().next().map(|line| line.trim_start_matches("NVRM version:").trim().to_owned())
+}
+
+/// Whether the system has a shared library that one of these names finds.
+pub(super) fn has_library(names: &[&CStr]) -> bool {
+    #[cfg(unix)]
+    return names.iter().any(|name| {
+        // SAFETY: a system library of a well-known name runs its own initializers, as it would when linked; it is closed again.
+        unsafe {
+            let found = libc::dlopen(name.as_ptr(), libc::RTLD_LAZY | libc::RTLD_LOCAL);
+            !found.is_null() && libc::dlclose(found) == 0
+        }
+    });
+    #[cfg(not(unix))]
+    return false;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::cuda::attention::Shape;
+    use crate::ops::cuda::{Emulated, Order};
+
+    #[test]
+    fn a_device_is_examined() {
+        let Some(device) = Emulated::new() else { return };
+        let shape = Shape { kv_heads: 1, group: 2, head_dim: 16 };
+        let sizes = Sizes { copy_bytes: 1 << 12, outputs: 8, inputs: 64, rows: 64, shape, contexts: vec![128], seconds: 0.0 };
+        let findings = examine(&device.in_order(Order::Reverse), &sizes).unwrap();
+        assert!(findings.is_sound() && findings.agreements.len() >= 15);
+        let lines = markdown(&findings.speeds);
+        assert_eq!(lines.len(), 2 + findings.speeds.len());
+        assert!(lines.iter().all(|line| line.matches('|').count() == 7), "{lines:?}");
+        assert!(markdown(&[]).is_empty());
+    }
+
+    #[test]
+    fn libraries_are_looked_for() {
+        assert!(!has_library(&[c"libno-such-library-at-all.so"]));
+        #[cfg(all(target_os = "linux", target_env = "gnu"))]
+        assert!(has_library(&[c"libno-such-library-at-all.so", c"libc.so.6"]));
+    }
+}

@@ -1,0 +1,261 @@
+//! How fast the kernels are beside what the device's memory can do. Times are of many launches by the host's clock, the device's queue
+//! drained before and after; bytes are those a kernel must move at least.
+
+use super::attention::{
+    DecodeBuffers, DecodeInputs, EXACT, Near, PAGE, PrefillInputs, Rows, Shape, append, decode, encode, exact_page_bytes, num_splits,
+    prefill,
+};
+use super::check::noise;
+use super::dense::{HalfMatrix, HalfRows};
+use super::norm::rms_norm;
+use super::ternary::{CodeRows, TernaryMatrix};
+use super::{Buffer, Device};
+use crate::error::Result;
+use crate::ops::cpu::ternary::PackedTernary;
+use half::f16;
+use serde::Serialize;
+use std::time::Instant;
+
+/// What to time.
+#[derive(Clone, Debug)]
+pub struct Sizes {
+    /// Bytes of the copy that everything is compared with.
+    pub copy_bytes: usize,
+    pub outputs: usize,
+    pub inputs: usize,
+    /// Rows of products with many.
+    pub rows: usize,
+    /// Heads of the attention.
+    pub shape: Shape,
+    /// Tokens of its caches.
+    pub contexts: Vec<usize>,
+    /// Seconds to spend on each figure, at least.
+    pub seconds: f64,
+}
+
+impl Sizes {
+    /// A layer of an 8B model (Llama-3.1-8B: 32 query heads on 8 key-value heads of 128), contexts of 8K to 128K.
+    pub fn full() -> Self {
+        Self {
+            copy_bytes: 2 << 30,
+            outputs: 14336,
+            inputs: 4096,
+            rows: 4096,
+            shape: Shape { kv_heads: 8, group: 4, head_dim: 128 },
+            contexts: vec![8192, 32768, 131_072],
+            seconds: 0.3,
+        }
+    }
+}
+
+/// One figure.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Measurement {
+    pub kernel: String,
+    pub shape: String,
+    pub microseconds: f64,
+    /// Bytes that had to be moved, per second.
+    pub gbytes_per_second: f64,
+    /// Multiplications and additions per second.
+    pub tflops: f64,
+    /// Part of the bandwidth of a device copy.
+    pub of_copy: f64,
+}
+
+/// All figures, the copy first.
+///
+/// # Errors
+/// When the device fails or has no room.
+pub fn measure<D: Device>(device: &D, sizes: &Sizes) -> Result<Vec<Measurement>> {
+    let mut bench = Bench { device, sizes, copy: f64::INFINITY, found: vec![] };
+    bench.copy()?;
+    bench.products()?;
+    bench.norm()?;
+    for &context in &sizes.contexts {
+        bench.attention(context)?;
+    }
+    bench.prompt()?;
+    Ok(bench.found)
+}
+
+struct Bench<'a, D: Device> {
+    device: &'a D,
+    sizes: &'a Sizes,
+    /// Bytes per second of a copy, read and written.
+    copy: f64,
+    found: Vec<Measurement>,
+}
+
+impl<D: Device> Bench<'_, D> {
+    /// Seconds of one call of `work`.
+    fn time(&self, mut work: impl FnMut() -> Result<()>) -> Result<f64> {
+        work()?;
+        self.device.synchronize()?;
+        let mut calls = 1;
+        loop {
+            let start = Instant::now();
+            (0..calls).try_for_each(|_| work())?;
+            self.device.synchronize()?;
+            let seconds = start.elapsed().as_secs_f64();
+            if seconds >= self.sizes.seconds {
+                return Ok(seconds / f64::from(calls));
+            }
+            calls *= 2;
+        }
+    }
+
+    fn note(&mut self, kernel: &str, shape: String, seconds: f64, bytes: usize, flops: usize) {
+        let rate = bytes as f64 / seconds;
+        self.found.push(Measurement {
+            kernel: kernel.to_owned(),
+            shape,
+            microseconds: seconds * 1e6,
+            gbytes_per_second: rate / 1e9,
+            tflops: flops as f64 / seconds / 1e12,
+            of_copy: rate / self.copy,
+        });
+    }
+
+    fn copy(&mut self) -> Result<()> {
+        let bytes = self.sizes.copy_bytes;
+        let (from, to) = (self.device.zeros::<u8>(bytes)?, self.device.zeros::<u8>(bytes)?);
+        let seconds = self.time(|| self.device.copy(&from, 0, &to, 0, bytes))?;
+        self.copy = 2.0 * bytes as f64 / seconds;
+        self.note("device copy", format!("{:.0} MB", bytes as f64 / 1e6), seconds, 2 * bytes, 0);
+        Ok(())
+    }
+
+    fn products(&mut self) -> Result<()> {
+        let (device, Sizes { outputs, inputs, rows, .. }) = (self.device, self.sizes.clone());
+        let weights = noise("weights", outputs * inputs);
+        let halves: Vec<f16> = weights.iter().map(|x| f16::from_f32(*x)).collect();
+        let dense = HalfMatrix::new(device, outputs, inputs, &halves)?;
+        let ternary = TernaryMatrix::new(device, &[&PackedTernary::from_weights(&weights, outputs, inputs)])?;
+        let (x, y) = (device.upload(&noise("x", rows * inputs))?, device.alloc(rows * outputs)?);
+        let (mut rounded, mut codes) = (HalfRows::new(device, rows, inputs)?, CodeRows::new(device, rows, inputs)?);
+        rounded.round(device, &x, rows, inputs)?;
+        codes.quantize(device, &x, rows, inputs)?;
+        let shape = |rows: usize| format!("{rows} x {inputs} x {outputs}");
+        let flops = 2 * outputs * inputs;
+
+        let seconds = self.time(|| dense.multiply_row(device, &x, &[(outputs, &y)]))?;
+        self.note("dense_row_f16", shape(1), seconds, 2 * outputs * inputs, flops);
+        let seconds = self.time(|| ternary.multiply_row(device, &codes, &[(outputs, &y)]))?;
+        self.note("ternary_row_i8", shape(1), seconds, outputs * inputs / 4, flops);
+        let moved = rows * (inputs + outputs * 4);
+        let seconds = self.time(|| dense.multiply_rows(device, &rounded, rows, 0..outputs, &y))?;
+        self.note("dense_rows_f16", shape(rows), seconds, moved + rows * inputs + 2 * outputs * inputs, rows * flops);
+        let seconds = self.time(|| ternary.multiply_rows(device, &codes, rows, 0..outputs, &y))?;
+        self.note("ternary_rows_i8", shape(rows), seconds, moved + outputs * inputs / 4, rows * flops);
+        let seconds = self.time(|| codes.quantize(device, &x, rows, inputs))?;
+        self.note("quantize_rows_i8", format!("{rows} x {inputs}"), seconds, 5 * rows * inputs, 0);
+        Ok(())
+    }
+
+    fn norm(&mut self) -> Result<()> {
+        let (device, Sizes { inputs, rows, .. }) = (self.device, self.sizes.clone());
+        let [x, addend, y] = [device.zeros(rows * inputs)?, device.zeros(rows * inputs)?, device.alloc(rows * inputs)?];
+        let gain = device.upload(&noise("gain", inputs))?;
+        let seconds = self.time(|| rms_norm(device, &x, Some(&addend), &gain, &y, rows, inputs, 1e-5))?;
+        self.note("add_rms_norm_f32", format!("{rows} x {inputs}"), seconds, 16 * rows * inputs, 0);
+        Ok(())
+    }
+
+    /// One token against caches of `context` tokens in every format; the bound is computed in the same pass, and what it costs beyond that
+    /// is to bring it to the host.
+    fn attention(&mut self, context: usize) -> Result<()> {
+        let (device, shape) = (self.device, self.sizes.shape);
+        let pages = context / PAGE;
+        let exact = self.exact_pages(pages)?;
+        let every: Vec<u32> = (0..(shape.kv_heads * pages) as u32).collect();
+        let slots = device.upload(&every)?;
+        let queries = device.upload(&noise("queries", shape.heads() * shape.head_dim))?;
+        let buffers = DecodeBuffers::new(device, &shape, pages, num_splits(&shape, pages, device.multiprocessors() as usize))?;
+        let lengths = device.upload(&vec![pages as u32; shape.kv_heads])?;
+        for near in Near::ALL {
+            let page_bytes = near.page_bytes(&shape)?;
+            let coded = device.zeros(if near == Near::F16 { 0 } else { shape.kv_heads * pages * page_bytes })?;
+            encode(device, &shape, near, &exact, &coded, &slots, &slots, shape.kv_heads * pages)?;
+            let entry = |slot: &u32| if near == Near::F16 || *slot as usize % pages == pages - 1 { EXACT | slot } else { *slot };
+            let lists = device.upload(&every.iter().map(entry).collect::<Vec<_>>())?;
+            let inputs = DecodeInputs {
+                queries: &queries,
+                exact_pages: &exact,
+                near_pages: &coded,
+                lists: &lists,
+                list_stride: pages,
+                list_lengths: &lengths,
+                last_tokens: PAGE,
+            };
+            let (bytes, flops) = (shape.kv_heads * pages * page_bytes, 4 * context * shape.heads() * shape.head_dim);
+            let seconds = self.time(|| decode(device, &shape, near, &inputs, &buffers))?;
+            self.note(&format!("decode_attention {near:?}"), format!("{context} tokens"), seconds, bytes, flops);
+            let seconds = self.time(|| {
+                decode(device, &shape, near, &inputs, &buffers)?;
+                device.download(&buffers.summaries).map(drop)
+            })?;
+            self.note(&format!("decode_attention {near:?}, bound read"), format!("{context} tokens"), seconds, bytes, flops);
+        }
+        Ok(())
+    }
+
+    /// Pages `0..pages` of every key-value head in slots of the same order, full of noise.
+    fn exact_pages(&self, pages: usize) -> Result<Buffer<D, u8>> {
+        let (device, shape) = (self.device, self.sizes.shape);
+        let exact = device.zeros(shape.kv_heads * pages * exact_page_bytes(shape.width()?))?;
+        let slots = device.upload(&(0..(shape.kv_heads * pages) as u32).collect::<Vec<_>>())?;
+        let count = PAGE * pages.min(64);
+        let width = shape.kv_heads * shape.head_dim;
+        let (keys, values) = (device.upload(&noise("keys", count * width))?, device.upload(&noise("values", count * width))?);
+        for first_position in (0..pages * PAGE).step_by(count) {
+            let rows = Rows { keys: &keys, values: &values, count: count.min(pages * PAGE - first_position), first_position };
+            append(device, &shape, &rows, &exact, &slots, pages, 0)?;
+        }
+        Ok(exact)
+    }
+
+    /// A prompt over its own keys, exact.
+    fn prompt(&mut self) -> Result<()> {
+        let (device, Sizes { shape, rows, .. }) = (self.device, self.sizes.clone());
+        let pages = rows.div_ceil(PAGE);
+        let exact = self.exact_pages(pages)?;
+        let slots: Vec<u32> = (0..(shape.kv_heads * pages) as u32).collect();
+        let table = device.upload(&slots.iter().map(|slot| EXACT | slot).collect::<Vec<_>>())?;
+        let queries = device.upload(&noise("queries", rows * shape.heads() * shape.head_dim))?;
+        let out = device.alloc(queries.len())?;
+        let inputs = PrefillInputs {
+            queries: &queries,
+            rows,
+            first_position: 0,
+            exact_pages: &exact,
+            near_pages: &exact,
+            table: &table,
+            table_stride: pages,
+            own: &device.upload(&slots)?,
+            own_stride: pages,
+            masks: None,
+        };
+        let seconds = self.time(|| prefill(device, &shape, Near::F16, &inputs, &out))?;
+        let bytes = 8 * queries.len() + shape.kv_heads * pages * exact_page_bytes(shape.width()?);
+        // Half of the square is masked.
+        self.note("prefill_attention F16", format!("{rows} tokens"), seconds, bytes, 2 * rows * rows * shape.heads() * shape.head_dim);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::cuda::{Emulated, Order};
+
+    #[test]
+    fn every_figure_is_measured() {
+        let Some(device) = Emulated::new() else { return };
+        let shape = Shape { kv_heads: 1, group: 2, head_dim: 16 };
+        let sizes = Sizes { copy_bytes: 1 << 16, outputs: 8, inputs: 64, rows: 64, shape, contexts: vec![128], seconds: 0.0 };
+        let found = measure(&device.in_order(Order::Forward), &sizes).unwrap();
+        assert_eq!(found.len(), 1 + 5 + 1 + 6 + 1);
+        assert!((found[0].of_copy - 1.0).abs() < 1e-9);
+        assert!(found.iter().all(|one| one.microseconds > 0.0 && one.gbytes_per_second > 0.0), "{found:?}");
+    }
+}
