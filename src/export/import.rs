@@ -8,7 +8,7 @@ use std::path::Path;
 
 use super::config::check_spec;
 use super::gguf::{GgufFile, TensorInfo, Value};
-use super::gguf_model::OWN_SPEC;
+use super::gguf_model::{OWN_SPEC, ROPE_FREQUENCIES};
 use super::names::{Architecture, deinterleave, gguf_name, is_block_matrix, rotary_heads};
 use super::parameter::Parameter;
 use super::ternary::TernaryWeights;
@@ -16,7 +16,7 @@ use super::{Weights, safetensors_dir, tokenizer_gguf};
 use crate::checkpoint;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
-use crate::model::{Activation, LinearKind, Norm, Spec};
+use crate::model::{Activation, LinearKind, Norm, RopeScaling, Spec};
 use crate::quant::ternary_by_id;
 
 /// A model as it lies on disk.
@@ -87,7 +87,7 @@ fn load_gguf(path: &Path) -> Result<Loaded> {
     let names: BTreeMap<String, String> =
         spec.parameters().into_iter().filter_map(|(parameter, _)| Some((gguf_name(&parameter)?, parameter))).collect();
     let mut found = BTreeMap::new();
-    for info in &file.tensors {
+    for info in file.tensors.iter().filter(|info| info.name != ROPE_FREQUENCIES) {
         let name = names.get(&info.name).unwrap_or(&info.name);
         found.insert(name.clone(), keys.parameter(info, name, &spec)?);
     }
@@ -181,7 +181,17 @@ impl Keys<'_> {
             qk_norm: self.architecture == Architecture::Qwen3,
             tied: self.file.tensor("output.weight").is_none(),
             rope_theta: self.number("rope.freq_base")?.unwrap_or(10_000.0),
+            rope_scaling: self.rope_divisors()?,
         })
+    }
+
+    /// Llama 3's scaling, which llama.cpp's converter writes as a tensor of divisors.
+    fn rope_divisors(&self) -> Result<Option<RopeScaling>> {
+        let Some(info) = self.file.tensor(ROPE_FREQUENCIES) else { return Ok(None) };
+        let format = info.format().map_err(|error| at_file(&self.file.path, error))?;
+        let mut divisors = vec![0.0; info.shape.iter().product()];
+        format.decode_row(self.file.data(info)?, &mut divisors).map_err(|error| at_file(&self.file.path, error))?;
+        Ok(Some(RopeScaling::Divisors(divisors)))
     }
 
     fn refuse_unsupported(&self, head_dim: usize) -> Result<()> {

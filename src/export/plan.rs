@@ -97,6 +97,9 @@ pub fn llama_cpp_architecture(spec: &Spec) -> Result<Architecture> {
     if spec.activation == Activation::Relu2Glu {
         return refuse("its llama, qwen3 and bitnet graphs have SiLU built in", "set model.activation = \"swi-glu\"");
     }
+    if spec.rope_scaling.is_some() && (spec.qk_norm || spec.sub_norm) {
+        return refuse("only its llama graph scales rotary frequencies by Llama 3's rule", "export as hf, or use a model without scaling");
+    }
     if !spec.sub_norm {
         return Ok(if spec.qk_norm { Architecture::Qwen3 } else { Architecture::Llama });
     }

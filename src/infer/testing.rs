@@ -32,6 +32,7 @@ pub(crate) fn dense() -> Spec {
         qk_norm: false,
         tied: false,
         rope_theta: 10_000.0,
+        rope_scaling: None,
     }
 }
 

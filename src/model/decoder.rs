@@ -79,7 +79,7 @@ type Stream = [Var; 2];
 impl Decoder {
     /// A decoder of this shape; with `checkpointing`, blocks are evaluated again in the backward pass instead of being remembered.
     pub fn new(spec: Spec, checkpointing: bool) -> Self {
-        let rope = Arc::new(RotaryTable::new(spec.head_dim, spec.rope_theta, spec.context));
+        let rope = Arc::new(RotaryTable::from_frequencies(&spec.rotary_frequencies(), spec.context));
         Self { spec, rope, checkpointing }
     }
 
