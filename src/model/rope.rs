@@ -83,7 +83,8 @@ mod tests {
 
     #[test]
     fn impossible_numbers_are_named() {
-        let llama3 = |factor, low_freq_factor| RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor: 4.0, original_context: 8192 };
+        let llama3 =
+            |factor, low_freq_factor| RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor: 4.0, original_context: 8192 };
         assert!(llama3(0.5, 1.0).fault(8).is_some() && llama3(8.0, 4.0).fault(8).is_some() && llama3(f64::NAN, 1.0).fault(8).is_some());
         assert!(RopeScaling::Divisors(vec![1.0; 3]).fault(8).unwrap().contains("need 4"));
         assert!(RopeScaling::Divisors(vec![1.0, 0.0]).fault(4).is_some());
