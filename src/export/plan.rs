@@ -66,6 +66,11 @@ pub fn engines(spec: &Spec) -> Engines {
 /// # Errors
 /// When no stock engine could run it; the message names the key in the way and what to set it to.
 pub fn plan(spec: &Spec, target: Target) -> Result<Plan> {
+    if target == Target::Peft {
+        return Err(
+            Error::input("peft", "holds an adapter, and this is a whole model").fix("choose hf or a GGUF format, or give an adapter")
+        );
+    }
     config::check_spec(spec, "model")?;
     if target.packs_ternary() && spec.linear != LinearKind::Ternary {
         return Err(Error::input(target.name(), "holds ternary matrices only, and this model's are dense")
