@@ -56,7 +56,7 @@ pub fn assemble(recipe: Recipe, recipe_path: &Path, device: Device, notes: &mut 
         device,
         recipe: to_toml(&recipe)?,
         special_ids: SpecialIds { bos: dataset.tokenizer.bos(), eos: dataset.tokenizer.eos() },
-        tokenizer_files: dataset.tokenizer.files(),
+        tokenizer_files: dataset.tokenizer_files(),
         spec,
     };
     Ok(Assembled { recipe, dataset, setup })
