@@ -7,6 +7,7 @@
 pub mod bins;
 pub mod builtin;
 pub mod chat;
+pub mod chat_report;
 pub mod config;
 pub mod dataset;
 pub mod loader;

@@ -180,15 +180,12 @@ impl Turns<'_> {
     /// Where what `at` says begins: after the invitation, where the text has one between the turn before and this one.
     fn start(&self, at: usize, before: usize, place: &Place, is_answer: bool) -> Option<usize> {
         let limit = place.start.or(place.end).unwrap_or(self.text.len());
-        if is_answer && before <= limit {
-            for invitation in [self.renderer.invitation.as_str(), self.renderer.invitation.trim_end()] {
-                let found = (!invitation.is_empty()).then(|| self.text[before..limit].find(invitation)).flatten();
-                if let Some(found) = found {
-                    return Some(before + found + invitation.len());
-                }
-            }
-        }
-        place.start.or_else(|| {
+        let between = self.text.get(before..limit).filter(|_| is_answer).unwrap_or_default();
+        let after = |invitation: &str| {
+            let found = between.find(invitation).filter(|_| !invitation.is_empty());
+            found.map(|found| before + found + invitation.len())
+        };
+        after(&self.renderer.invitation).or(place.start).or_else(|| after(self.renderer.invitation.trim_end())).or_else(|| {
             let prefix = self.rendered(&self.values[..at], is_answer)?;
             self.text.starts_with(&prefix).then_some(prefix.len())
         })

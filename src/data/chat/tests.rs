@@ -170,7 +170,7 @@ fn mistakes_name_file_and_line() {
     let failing = file("{{ bos_token }}\n{% if messages[0].content == 'a' %}{{ raise_exception('no a') }}{% endif %}");
     assert!(failing.contains("chat.jsonl:1: ") && failing.contains("t.jinja fails: line 2: no a"), "{failing}");
     assert!(file("{% for %}").contains("t.jinja: line 1"));
-    let lost = file("{% for m in messages %}{{ m.content | length }}{{ eos_token }}{% endfor %}");
+    let lost = file("{{ messages | length }}{% for m in messages %}{{ m.content | length }}{% endfor %}{{ eos_token }}");
     assert!(lost.contains("cannot be split into turns"), "{lost}");
     assert!(second(good, "template = \"plain\", date = \"today\"").contains("\"today\" is not a day"));
 }
@@ -200,4 +200,24 @@ fn the_sets_of_the_corpora_are_read() {
         let documents = chat.documents(&Tokenizer::load(&model).unwrap()).unwrap_or_else(|error| panic!("{name}: {error}"));
         assert!(documents.len() >= 250 && documents.iter().all(|document| document.weights.iter().any(|&weight| weight == 1.0)), "{name}");
     }
+}
+
+#[test]
+fn a_report_shows_the_mask() {
+    let double = r#"{"prompt": "<|endoftext|>a", "completion": "b"}"#;
+    let long = format!("{{\"prompt\": \"{}\", \"completion\": \"b\"}}", "a ".repeat(200));
+    let cut = format!("{{\"prompt\": \"a\", \"completion\": \"{}\"}}", "b ".repeat(200).trim());
+    let dataset = open(&[double, &long, &cut, TWO_TURNS].join("\n"), "template = \"raw\"").unwrap();
+    let report = crate::data::report(&dataset, 2, 128, 0, 2).unwrap();
+    let found = report.train[0].conversations.clone().unwrap();
+    assert_eq!((found.answers, found.truncated_answers, found.left_out, found.double_bos, found.missing_bos), (5, 2, 1, 1, 0));
+    assert_eq!((found.stop_tokens[0].answers, found.stop_tokens[0].is_eos, found.answers_without_stop), (5, true, 0));
+    // Two rows of 128: the long answer alone, and the two short conversations of 4 and 16 pairs.
+    assert!((found.padding_share - 108.0 / 256.0).abs() < 1e-9, "{}", found.padding_share);
+    assert_eq!((report.batch.documents, report.batch.padding_tokens, report.batch.trained_tokens), (3, 108, 127 + 2 + 3 + 8));
+    let text = report.to_string();
+    assert!(text.contains("Hi⟦Yo<|endoftext|>⟧Bye⟦See you<|endoftext|>⟧\n"), "{text}");
+    assert!(text.contains("warning: 1 conversations begin") && text.contains("stop token <|endoftext|> is trained after 5 answers"), "{text}");
+    assert!(report.render(true).contains("\x1b[32mYo<|endoftext|>\x1b[0m"));
+    assert_eq!(serde_json::to_value(&report).unwrap()["train"][0]["conversations"]["truncated_answers"], 2);
 }
