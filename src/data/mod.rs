@@ -4,7 +4,10 @@
 //! stay the same; [`Loader`] deals rows to batches in an order that is a pure function of (data, seed, row); [`report()`] shows what a
 //! batch contains. Everything random comes from counters ([`random`]), so nothing depends on threads or on what ran before.
 
+pub mod bins;
 pub mod builtin;
+pub mod chat;
+pub mod chat_report;
 pub mod config;
 pub mod dataset;
 pub mod loader;

@@ -98,7 +98,7 @@ pub fn assemble(mut recipe: Recipe, recipe_path: &Path, device: Device, notes: &
         device,
         recipe: to_toml(&recipe)?,
         special_ids: start.finetune.as_ref().map_or(own_ids, Finetune::ids),
-        tokenizer_files: dataset.tokenizer.files(),
+        tokenizer_files: dataset.tokenizer_files(),
         finetune: start.finetune,
         spec,
     };
