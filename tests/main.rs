@@ -1,6 +1,7 @@
 //! Tests across modules, one binary.
 
 mod cli;
+mod finetune;
 mod formats;
 mod golden;
 mod layering;
