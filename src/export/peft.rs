@@ -93,7 +93,8 @@ struct Config<'f> {
 impl<'f> Config<'f> {
     fn read(folder: &'f Path) -> Result<Self> {
         let path = folder.join(CONFIG);
-        let value = serde_json::from_str(&read_text(&path)?).map_err(|error| Error::file(&path, format!("is not JSON: {error}")))?;
+        let value = serde_json::from_str(&read_text(&path)?)
+            .map_err(|error| Error::file(&path, format!("is not JSON: {error}")).fix("save the adapter again"))?;
         let Value::Object(map) = value else { return Err(Error::file(&path, "is not a JSON object").fix("save the adapter again")) };
         let config = Self { folder, map };
         config.check()?;
