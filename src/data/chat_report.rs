@@ -81,11 +81,7 @@ pub(super) fn conversation_report(dataset: &Dataset, part: &Part, context: usize
             report.missing_bos += u64::from(tokens[0] != bos);
         }
     }
-    let stop = |(id, answers)| StopToken {
-        token: tokenizer.piece(id).unwrap_or_default(),
-        answers,
-        is_eos: tokenizer.eos() == Some(id),
-    };
+    let stop = |(id, answers)| StopToken { token: tokenizer.piece(id).unwrap_or_default(), answers, is_eos: tokenizer.eos() == Some(id) };
     report.stop_tokens = stops.into_iter().map(stop).collect();
     report.trained_share = report.trained_tokens as f64 / shard.tokens().max(1) as f64;
     let positions = dataset.bins(part, context, None).rows() * context as u64;
@@ -111,7 +107,11 @@ impl ConversationReport {
             self.padding_share * 100.0
         )?;
         for stop in &self.stop_tokens {
-            let remark = if stop.is_eos { "the end-of-sequence token" } else { "not the end-of-sequence token: generation must be told to stop at it" };
+            let remark = if stop.is_eos {
+                "the end-of-sequence token"
+            } else {
+                "not the end-of-sequence token: generation must be told to stop at it"
+            };
             writeln!(out, "  stop token {} is trained after {} answers ({remark})", stop.token, stop.answers)?;
         }
         if self.answers_without_stop > 0 {
@@ -121,7 +121,11 @@ impl ConversationReport {
             writeln!(out, "  warning: {} conversations begin with the beginning-of-sequence token twice", self.double_bos)?;
         }
         if self.missing_bos > 0 {
-            writeln!(out, "  warning: {} conversations begin without the token that the tokenizer puts before every text", self.missing_bos)?;
+            writeln!(
+                out,
+                "  warning: {} conversations begin without the token that the tokenizer puts before every text",
+                self.missing_bos
+            )?;
         }
         Ok(())
     }

@@ -16,8 +16,8 @@
 //!
 //! Relative paths start at the working directory or, where nothing is there, at the recipe's folder.
 
-use super::{builtin, chat};
 use super::source::{Files, Layout, Source};
+use super::{builtin, chat};
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};

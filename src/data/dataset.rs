@@ -369,12 +369,7 @@ impl<'a> Places<'a> {
 
 /// The shards of the sources that hold conversations, nothing for the others. All are read before the first shard is written: a mistake
 /// in one leaves nothing behind.
-fn conversations(
-    config: &Config,
-    sources: &[Named],
-    tokenizer: &Tokenizer,
-    notes: &mut Notes<'_>,
-) -> Result<Vec<Option<[Shard; 2]>>> {
+fn conversations(config: &Config, sources: &[Named], tokenizer: &Tokenizer, notes: &mut Notes<'_>) -> Result<Vec<Option<[Shard; 2]>>> {
     let mut read = Vec::new();
     for source in sources {
         let Some(chat) = &source.chat else {

@@ -98,7 +98,12 @@ pub fn report(dataset: &Dataset, rows: usize, context: usize, seed: u64, shown: 
     }
     let tokenizer = &dataset.tokenizer;
     let piece = |id: Option<u32>| id.and_then(|id| tokenizer.piece(id));
-    let train = dataset.train.iter().zip(counts).map(|(part, count)| part_report(dataset, context, part, count as f64 / MEASURED_ROWS as f64)).collect();
+    let train = dataset
+        .train
+        .iter()
+        .zip(counts)
+        .map(|(part, count)| part_report(dataset, context, part, count as f64 / MEASURED_ROWS as f64))
+        .collect();
     let validation = dataset.validation.iter().map(|part| part_report(dataset, context, part, part.share)).collect();
     let shown = (0..rows.min(shown)).map(|row| row_report(dataset, &batch, row)).collect::<Result<_>>()?;
     let padding_tokens = (0..rows * context).filter(|&at| is_padding(&batch, at)).count();

@@ -307,7 +307,15 @@ impl Writer {
             payload: 0,
             weight_bytes: 0,
         };
-        Ok(Self { path: path.to_path_buf(), aside, file: Some(file), header, hash: Xxh3Debug(Xxh3::new()), ends: Vec::new(), weights: Vec::new() })
+        Ok(Self {
+            path: path.to_path_buf(),
+            aside,
+            file: Some(file),
+            header,
+            hash: Xxh3Debug(Xxh3::new()),
+            ends: Vec::new(),
+            weights: Vec::new(),
+        })
     }
 
     /// Makes it a shard of whole sequences with weights; every document is then added by [`Writer::weighted_document`].
@@ -412,7 +420,10 @@ mod tests {
         writer.weighted_document(&[4], &[2.0], 1).unwrap();
         let shard = writer.finish().unwrap();
         assert!(shard.is_weighted());
-        assert_eq!((shard.document(0), shard.document_weights(0), shard.document_weights(1)), (vec![1, 2, 3], vec![0.0, 1.0, 0.5], vec![2.0]));
+        assert_eq!(
+            (shard.document(0), shard.document_weights(0), shard.document_weights(1)),
+            (vec![1, 2, 3], vec![0.0, 1.0, 0.5], vec![2.0])
+        );
         let plain = build(&path, 300, &[vec![1, 2]]);
         assert_eq!((plain.is_weighted(), plain.document_weights(0)), (false, vec![1.0, 1.0]));
         let mut writer = Writer::create(&path, 300, 11, 22).unwrap().with_weights();

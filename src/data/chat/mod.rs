@@ -79,12 +79,13 @@ pub(super) struct Document {
 
 impl Config {
     pub(super) fn open(&self, tokenizer: &TokenizerConfig, recipe_folder: &Path) -> Result<Chat> {
-        let date = match self.date.as_deref() {
-            None => None,
-            Some(text) => Some(Date::parse(text).ok_or_else(|| {
-                Error::input("data.sources chat.date", format!("{text:?} is not a day")).fix("write it as 2026-01-31")
-            })?),
-        };
+        let date =
+            match self.date.as_deref() {
+                None => None,
+                Some(text) => Some(Date::parse(text).ok_or_else(|| {
+                    Error::input("data.sources chat.date", format!("{text:?} is not a day")).fix("write it as 2026-01-31")
+                })?),
+            };
         let tokenizer = match tokenizer {
             TokenizerConfig::File(path) => Some(find(path, recipe_folder)?),
             TokenizerConfig::Byte | TokenizerConfig::Character | TokenizerConfig::Bpe(_) => None,
@@ -110,7 +111,8 @@ fn named_specials(tokenizer: &Path) -> Result<BTreeMap<String, String>> {
     let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
     let json: serde_json::Value = serde_json::from_str(&text).map_err(|error| Error::file(&path, format!("not JSON: {error}")))?;
     let names = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
-    let token = |name: &str| json[name].as_str().or_else(|| json[name]["content"].as_str()).map(|token| (name.to_owned(), token.to_owned()));
+    let token =
+        |name: &str| json[name].as_str().or_else(|| json[name]["content"].as_str()).map(|token| (name.to_owned(), token.to_owned()));
     Ok(names.into_iter().filter_map(token).collect())
 }
 
@@ -213,7 +215,9 @@ impl Source for Chat {
         let template = self.template_with(silent.into())?;
         self.visit_conversations(&mut |path, line, conversation| {
             let values: Vec<serde_json::Value> = conversation.messages.iter().map(records::Message::value).collect();
-            let failed = |what: String| files::mistake(path, line, format!("{} fails: {what}", template.name())).fix("correct the record or the template");
+            let failed = |what: String| {
+                files::mistake(path, line, format!("{} fails: {what}", template.name())).fix("correct the record or the template")
+            };
             visit(&template.render(&values, &conversation.tools, false).map_err(failed)?)
         })?;
         Ok(0)

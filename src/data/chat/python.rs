@@ -89,9 +89,7 @@ pub(super) fn to_json(value: &Value, options: Kwargs) -> Result<String, Error> {
     let default = [if indent.is_some() { "," } else { ", " }, ": "].map(String::from);
     let [item, key] = match separators {
         None => default,
-        Some(given) => given
-            .try_into()
-            .map_err(|_| Error::new(ErrorKind::InvalidOperation, "tojson: separators are two strings"))?,
+        Some(given) => given.try_into().map_err(|_| Error::new(ErrorKind::InvalidOperation, "tojson: separators are two strings"))?,
     };
     let style = Style { indent, item, key, ascii: ascii.unwrap_or(false), sort: sort.unwrap_or(false) };
     let mut out = String::new();
@@ -202,7 +200,10 @@ impl Date {
             (part.len() == digits && part.bytes().all(|byte| byte.is_ascii_digit())).then(|| part.parse::<u32>().ok()).flatten()
         };
         let date = Self { year: part(4)?, month: part(2)?, day: part(2)? };
-        let valid = parts.next().is_none() && date.year > 0 && (1..=12).contains(&date.month) && (1..=date.month_days(date.month)).contains(&date.day);
+        let valid = parts.next().is_none()
+            && date.year > 0
+            && (1..=12).contains(&date.month)
+            && (1..=date.month_days(date.month)).contains(&date.day);
         valid.then_some(date)
     }
 
@@ -279,7 +280,10 @@ mod tests {
     fn json_is_spelled_as_python_spells_it() {
         let text = r#"{"b": [1, 2.5, 1e20, true, null], "a": "<é\n\"&>", "c": {}, "d": []}"#;
         assert_eq!(json(text, &[]), r#"{"b": [1, 2.5, 1e+20, true, null], "a": "<é\n\"&>", "c": {}, "d": []}"#);
-        assert_eq!(json(r#"{"b": [1, {"x": 2}], "a": []}"#, &[("indent", Value::from(2))]), "{\n  \"b\": [\n    1,\n    {\n      \"x\": 2\n    }\n  ],\n  \"a\": []\n}");
+        assert_eq!(
+            json(r#"{"b": [1, {"x": 2}], "a": []}"#, &[("indent", Value::from(2))]),
+            "{\n  \"b\": [\n    1,\n    {\n      \"x\": 2\n    }\n  ],\n  \"a\": []\n}"
+        );
         let compact = [("separators", Value::from(vec![",", ":"])), ("sort_keys", true.into()), ("ensure_ascii", true.into())];
         assert_eq!(json(r#"{"b": "é😀", "a": 1}"#, &compact), r#"{"a":1,"b":"\u00e9\ud83d\ude00"}"#);
     }

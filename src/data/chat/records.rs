@@ -118,7 +118,8 @@ impl Records {
             Self::ShareGpt => with_system(record, turns(record, "conversations", share_gpt)?)?,
             Self::Alpaca => with_system(record, alpaca(record)?)?,
             Self::Prompt => {
-                let known = COMPLETIONS.iter().find(|(prompt, completion)| record.contains_key(*prompt) && record.contains_key(*completion));
+                let known =
+                    COMPLETIONS.iter().find(|(prompt, completion)| record.contains_key(*prompt) && record.contains_key(*completion));
                 let missing = || {
                     fault(
                         "there is no prompt with its completion: the fields `prompt` and `completion` (or `response`), or `question` and `answer`",
@@ -179,7 +180,8 @@ fn message(entry: &Record) -> Result<Message, Fault> {
     };
     let mut message = Message::new(&text(entry, "role")?, content)?;
     message.weight = weight(entry)?;
-    let further = entry.iter().filter(|(key, value)| !matches!(key.as_str(), "role" | "content" | "weight" | "loss_weight") && !value.is_null());
+    let further =
+        entry.iter().filter(|(key, value)| !matches!(key.as_str(), "role" | "content" | "weight" | "loss_weight") && !value.is_null());
     message.further = further.map(|(key, value)| (key.clone(), value.clone())).collect();
     Ok(message)
 }
@@ -198,7 +200,9 @@ fn weight(entry: &Record) -> Result<Option<f32>, Fault> {
     };
     let weight = value.as_f64().or_else(|| value.as_bool().map(|flag| f64::from(u8::from(flag))));
     let valid = weight.filter(|weight| (0.0..=1e6).contains(weight)).map(|weight| Some(weight as f32));
-    valid.ok_or_else(|| fault(format!("the weight {value} is not a number from 0 on"), "0 leaves the turn out of the loss, 1 counts it in full"))
+    valid.ok_or_else(|| {
+        fault(format!("the weight {value} is not a number from 0 on"), "0 leaves the turn out of the loss, 1 counts it in full")
+    })
 }
 
 fn share_gpt(entry: &Record) -> Result<Message, Fault> {
@@ -209,7 +213,9 @@ fn share_gpt(entry: &Record) -> Result<Message, Fault> {
         "function_call" => return tool_call(&value),
         "observation" | "tool" | "function_response" => "tool",
         "system" => "system",
-        other => return Err(fault(format!("nobody is called {other:?}"), "`from` is one of system, human, gpt, function_call, observation")),
+        other => {
+            return Err(fault(format!("nobody is called {other:?}"), "`from` is one of system, human, gpt, function_call, observation"));
+        }
     };
     let mut message = Message::new(role, value)?;
     message.weight = weight(entry)?;
@@ -218,12 +224,15 @@ fn share_gpt(entry: &Record) -> Result<Message, Fault> {
 
 /// A call as ShareGPT data writes it, the JSON text of `name` and `arguments`, in the layout that templates read.
 fn tool_call(value: &str) -> Result<Message, Fault> {
-    let call: Value = serde_json::from_str(value).map_err(|error| fault(format!("the function call is not JSON: {error}"), "give name and arguments"))?;
+    let call: Value =
+        serde_json::from_str(value).map_err(|error| fault(format!("the function call is not JSON: {error}"), "give name and arguments"))?;
     if !call["name"].is_string() {
         return Err(fault("the function call has no name", "give an object with name and arguments"));
     }
     let mut message = Message::new("assistant", "")?;
-    message.further.insert("tool_calls".into(), json!([{"type": "function", "function": {"name": call["name"], "arguments": call["arguments"]}}]));
+    message
+        .further
+        .insert("tool_calls".into(), json!([{"type": "function", "function": {"name": call["name"], "arguments": call["arguments"]}}]));
     Ok(message)
 }
 
@@ -302,9 +311,10 @@ fn check_turns(messages: &[Message]) -> Result<(), Fault> {
     }
     match before {
         None => Err(fault("the conversation has no turns", "remove the record")),
-        Some(last) if last.speaker != Speaker::Assistant => {
-            Err(fault(format!("the conversation ends with a {} turn: there is no answer to learn", last.role), "end it with an assistant turn"))
-        }
+        Some(last) if last.speaker != Speaker::Assistant => Err(fault(
+            format!("the conversation ends with a {} turn: there is no answer to learn", last.role),
+            "end it with an assistant turn",
+        )),
         Some(_) => Ok(()),
     }
 }
@@ -358,7 +368,9 @@ mod tests {
         assert_eq!(found.tools, json!([{"name": "add"}]));
         assert_eq!(found.messages[1].value()["tool_calls"][0]["function"]["arguments"]["a"], 1);
         assert_eq!(found.messages.iter().map(|message| message.weight).collect::<Vec<_>>(), [None, None, None, Some(0.5)]);
-        let found = read(r#"{"messages": [{"role": "user", "content": "a", "loss_weight": 0}, {"role": "assistant", "content": "b", "weight": true, "name": "x"}]}"#);
+        let found = read(
+            r#"{"messages": [{"role": "user", "content": "a", "loss_weight": 0}, {"role": "assistant", "content": "b", "weight": true, "name": "x"}]}"#,
+        );
         let messages = found.unwrap().messages;
         assert_eq!((messages[0].weight, messages[1].weight, messages[1].value()["name"].as_str()), (Some(0.0), Some(1.0), Some("x")));
     }

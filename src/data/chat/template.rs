@@ -66,7 +66,8 @@ impl TemplateConfig {
             Self::File(path) => from_path(&find(path, recipe_folder)?, None),
             Self::Named(named) => from_path(&find(&named.file, recipe_folder)?, Some(&named.name)),
             _ => {
-                let advice = "choose one: template = \"chatml\", \"plain\", \"alpaca\" or \"raw\", or template.file = \"chat_template.jinja\"";
+                let advice =
+                    "choose one: template = \"chatml\", \"plain\", \"alpaca\" or \"raw\", or template.file = \"chat_template.jinja\"";
                 let Some(path) = tokenizer else {
                     return Err(Error::input("data.sources chat.template", "this tokenizer has no chat template").fix(advice));
                 };
@@ -107,7 +108,9 @@ fn from_path(path: &Path, name: Option<&str>) -> Result<Text> {
             }
             found
         }
-        (Value::String(_), Some(name)) => return Err(Error::file(path, format!("has one chat template and none called {name:?}")).fix("use template.file")),
+        (Value::String(_), Some(name)) => {
+            return Err(Error::file(path, format!("has one chat template and none called {name:?}")).fix("use template.file"));
+        }
         _ => None,
     };
     let text = text.ok_or_else(|| Error::file(path, "has no chat_template"))?;
@@ -237,7 +240,8 @@ mod tests {
         assert!(load(TemplateConfig::Tokenizer).unwrap_err().to_string().contains("has no chat_template"));
         std::fs::write(&config, r#"{"chat_template": "one"}"#).unwrap();
         assert_eq!(load(TemplateConfig::Tokenizer).unwrap().text, "one");
-        std::fs::write(&config, r#"{"chat_template": [{"name": "default", "template": "d"}, {"name": "tool_use", "template": "t"}]}"#).unwrap();
+        std::fs::write(&config, r#"{"chat_template": [{"name": "default", "template": "d"}, {"name": "tool_use", "template": "t"}]}"#)
+            .unwrap();
         assert_eq!(load(TemplateConfig::Tokenizer).unwrap().text, "d");
         let named = |name: &str| TemplateConfig::Named(NamedTemplate { file: folder.path().into(), name: name.into() });
         assert_eq!(load(named("tool_use")).unwrap().text, "t");

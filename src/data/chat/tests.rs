@@ -40,7 +40,16 @@ fn templates_render_as_transformers_renders_them() {
         // transformers leaves out what is null.
         let messages: Vec<Value> = messages
             .iter()
-            .map(|message| message.as_object().unwrap().iter().filter(|(_, value)| !value.is_null()).map(|(k, v)| (k.clone(), v.clone())).collect::<files::Record>().into())
+            .map(|message| {
+                message
+                    .as_object()
+                    .unwrap()
+                    .iter()
+                    .filter(|(_, value)| !value.is_null())
+                    .map(|(k, v)| (k.clone(), v.clone()))
+                    .collect::<files::Record>()
+                    .into()
+            })
             .collect();
         for (expected, found) in [
             (&case["text"], template.render(&messages, &case["tools"], false)),
@@ -105,7 +114,11 @@ fn masked(dataset: &Dataset) -> String {
             inside = !inside;
             out.push(if inside { '[' } else { ']' });
         }
-        out += &if dataset.tokenizer.is_special(token) { dataset.tokenizer.piece(token).unwrap() } else { dataset.tokenizer.decode(&[token]).unwrap() };
+        out += &if dataset.tokenizer.is_special(token) {
+            dataset.tokenizer.piece(token).unwrap()
+        } else {
+            dataset.tokenizer.decode(&[token]).unwrap()
+        };
     }
     if inside { out + "]" } else { out }
 }
@@ -122,7 +135,8 @@ fn answers_and_their_ends_are_trained() {
     let all = format!("[{end}User: Hi\nAssistant: Yo{end}\nUser: Bye\nAssistant: See you{end}]\n");
     assert_eq!(plain("template = \"plain\", train = \"everything\""), all);
     assert_eq!(plain("template = \"raw\""), format!("{end}Hi[Yo{end}]Bye[See you{end}]"));
-    let alpaca = format!("{end}### Instruction:\nHi\n\n### Response:\n[Yo{end}]\n\n### Instruction:\nBye\n\n### Response:\n[See you{end}]\n\n");
+    let alpaca =
+        format!("{end}### Instruction:\nHi\n\n### Response:\n[Yo{end}]\n\n### Instruction:\nBye\n\n### Response:\n[See you{end}]\n\n");
     assert_eq!(plain("template = \"alpaca\""), alpaca);
 }
 
@@ -139,7 +153,10 @@ fn weights_of_turns_are_the_weights_of_their_tokens() {
     assert_eq!((of("Hi", 0), of("Yo", 0), of("Bye", 0), of("See you", 0)), (vec![0.5; 2], vec![2.0; 2], vec![0.0; 3], vec![0.0; 7]));
     let everything = open(record, "template = \"plain\", train = \"everything\"").unwrap();
     let weights = everything.train[0].shard.document_weights(0);
-    assert_eq!((weights[0], weights.iter().filter(|&&weight| weight == 0.5).count(), weights.iter().filter(|&&weight| weight == 2.0).count()), (1.0, 2, 3));
+    assert_eq!(
+        (weights[0], weights.iter().filter(|&&weight| weight == 0.5).count(), weights.iter().filter(|&&weight| weight == 2.0).count()),
+        (1.0, 2, 3)
+    );
 }
 
 #[test]
@@ -155,7 +172,8 @@ fn mistakes_name_file_and_line() {
     assert!(second(r#"{"prompt": "a"}"#, plain).contains("chat.jsonl:3: there is no prompt with its completion"));
     assert!(second(r#"{"prompt": "a", "completion": " "}"#, plain).contains("chat.jsonl:3: turn 2 (assistant) is empty"));
     assert!(second(r#"{"messages": []}"#, plain).contains("chat.jsonl:3"));
-    let weightless = r#"{"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b", "weight": 0}]}"#;
+    let weightless =
+        r#"{"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b", "weight": 0}]}"#;
     assert!(second(weightless, plain).contains("chat.jsonl:3: no token of this record is trained"));
     // The byte vocabulary has no <|im_end|>.
     let error = second(good, "template = \"chatml\"");
@@ -177,7 +195,8 @@ fn mistakes_name_file_and_line() {
 
 #[test]
 fn records_become_rows() {
-    let records: String = (0..40).map(|at| format!("{{\"prompt\": \"count to {at}\", \"completion\": \"{}\"}}\n", "1 ".repeat(at + 1).trim())).collect();
+    let records: String =
+        (0..40).map(|at| format!("{{\"prompt\": \"count to {at}\", \"completion\": \"{}\"}}\n", "1 ".repeat(at + 1).trim())).collect();
     let dataset = open(&records, "template = \"plain\"").unwrap();
     assert!(dataset.tokenizer_files().iter().any(|(name, text)| name == "chat_template.jinja" && text.contains("Assistant: ")));
     let mut rows = Rows::new(&dataset, 128, 5).unwrap();
@@ -192,7 +211,17 @@ fn records_become_rows() {
 #[test]
 fn the_sets_of_the_corpora_are_read() {
     let Some(model) = crate::data::testing::corpora("weights/stories260K-hf") else { return };
-    for name in ["alpaca_en_1k.json", "chat_loss_weights.jsonl", "codegen_instruct.json", "dolly_hhrlhf_small.jsonl", "dummy_conversation.json", "gsm8k_train.jsonl", "instructions_1100.json", "kto_messages_300.json", "toolcall_300.json"] {
+    for name in [
+        "alpaca_en_1k.json",
+        "chat_loss_weights.jsonl",
+        "codegen_instruct.json",
+        "dolly_hhrlhf_small.jsonl",
+        "dummy_conversation.json",
+        "gsm8k_train.jsonl",
+        "instructions_1100.json",
+        "kto_messages_300.json",
+        "toolcall_300.json",
+    ] {
         let Some(path) = crate::data::testing::corpora(&format!("sft/{name}")) else { return };
         let section = format!("path = {path:?}\ntemplate = \"plain\"");
         let config: Config = toml::from_str(&section).unwrap();
@@ -207,7 +236,8 @@ fn a_report_shows_the_mask() {
     let double = r#"{"prompt": "<|endoftext|>a", "completion": "b"}"#;
     let long = format!("{{\"prompt\": \"{}\", \"completion\": \"b\"}}", "a ".repeat(200));
     let cut = format!("{{\"prompt\": \"a\", \"completion\": \"{}\"}}", "b ".repeat(200).trim());
-    let dataset = open(&[double, &long, &cut, TWO_TURNS].join("\n"), "template = \"raw\"").unwrap();
+    let turns = r#"{"prompt": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}, {"role": "user", "content": "Bye"}], "completion": "See you"}"#;
+    let dataset = open(&[double, &long, &cut, turns].join("\n"), "template = \"raw\"").unwrap();
     let report = crate::data::report(&dataset, 2, 128, 0, 2).unwrap();
     let found = report.train[0].conversations.clone().unwrap();
     assert_eq!((found.answers, found.truncated_answers, found.left_out, found.double_bos, found.missing_bos), (5, 2, 1, 1, 0));
@@ -217,7 +247,10 @@ fn a_report_shows_the_mask() {
     assert_eq!((report.batch.documents, report.batch.padding_tokens, report.batch.trained_tokens), (3, 108, 127 + 2 + 3 + 8));
     let text = report.to_string();
     assert!(text.contains("Hi⟦Yo<|endoftext|>⟧Bye⟦See you<|endoftext|>⟧\n"), "{text}");
-    assert!(text.contains("warning: 1 conversations begin") && text.contains("stop token <|endoftext|> is trained after 5 answers"), "{text}");
+    assert!(
+        text.contains("warning: 1 conversations begin") && text.contains("stop token <|endoftext|> is trained after 5 answers"),
+        "{text}"
+    );
     assert!(report.render(true).contains("\x1b[32mYo<|endoftext|>\x1b[0m"));
     assert_eq!(serde_json::to_value(&report).unwrap()["train"][0]["conversations"]["truncated_answers"], 2);
 }
