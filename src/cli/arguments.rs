@@ -85,7 +85,7 @@ pub struct Train {
 
 #[derive(Args, Debug)]
 pub struct Export {
-    /// Checkpoint, Hugging Face directory or GGUF file.
+    /// Checkpoint, Hugging Face or adapter directory, or GGUF file.
     pub model: PathBuf,
     /// Format of the artifact.
     #[arg(long)]
@@ -93,6 +93,18 @@ pub struct Export {
     /// File (GGUF) or directory to write.
     #[arg(long)]
     pub out: PathBuf,
+    /// Text that the merge of an adapter into a ternary base is measured on.
+    #[arg(long, value_name = "FILE")]
+    pub text: Option<PathBuf>,
+    /// What separates the documents of that text.
+    #[arg(long, value_name = "STRING", allow_hyphen_values = true)]
+    pub document_separator: Option<String>,
+    /// Read only this many documents of it.
+    #[arg(long, value_name = "N")]
+    pub max_documents: Option<usize>,
+    /// The most nats per token that such a merge may cost.
+    #[arg(long, value_name = "NATS", default_value_t = crate::recipe::MERGE_LIMIT)]
+    pub merge_limit: f64,
     #[command(flatten)]
     pub report: Report,
 }

@@ -9,9 +9,10 @@ use crate::model::{Decoder, GradientBuffers, Parameters, flops, init::initialize
 use crate::ops::cpu::bench::{Measurement, Shape, dense, ternary};
 use crate::ops::rng::Stream;
 use crate::optim::{Optimizer, RuleName};
-use crate::recipe::{Recipe, load};
-use crate::train::step;
+use crate::recipe::{Origin, Recipe, load};
+use crate::train::{Finetune, step};
 use serde::Serialize;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -41,23 +42,41 @@ struct Rig {
     parameters: Parameters,
     gradients: GradientBuffers,
     recipe: Recipe,
+    /// Tokens per row.
+    row_tokens: usize,
     stream: Stream,
 }
 
 impl Rig {
     fn new(recipe: Recipe) -> Result<Self> {
-        let spec = recipe.model.resolve(0)?;
-        if spec.vocab == 0 {
-            return Err(Error::input("model.vocab", "is needed: a benchmark opens no tokenizer").fix("add --set model.vocab=8192"));
-        }
-        let parameters = initialize(&spec, recipe.run.seed, &candle_core::Device::Cpu)?;
+        let (decoder, parameters, row_tokens) = Self::model(&recipe)?;
         let gradients = GradientBuffers::new(&parameters)?;
-        let decoder = Decoder::new(spec, recipe.model.activation_checkpointing);
-        Ok(Self { decoder, parameters, gradients, recipe, stream: Stream::new(1, "bench") })
+        Ok(Self { decoder, parameters, gradients, row_tokens, recipe, stream: Stream::new(1, "bench") })
+    }
+
+    /// The recipe's model, or its base with what is trained on it, and the tokens per row.
+    fn model(recipe: &Recipe) -> Result<(Decoder, Parameters, usize)> {
+        let (seed, device) = (recipe.run.seed, candle_core::Device::Cpu);
+        match recipe.origin()? {
+            Origin::Fresh(model) => {
+                let spec = model.resolve(0)?;
+                if spec.vocab == 0 {
+                    return Err(Error::input("model.vocab", "is needed: a benchmark opens no tokenizer").fix("add --set model.vocab=8192"));
+                }
+                let (parameters, context) = (initialize(&spec, seed, &device)?, spec.context);
+                Ok((Decoder::new(spec, model.activation_checkpointing), parameters, context))
+            }
+            Origin::Base(config) => {
+                let finetune = Finetune::open(config, Path::new("."))?;
+                let rows = finetune.row_tokens();
+                let decoder = Decoder::with_positions(finetune.spec.clone(), rows, config.activation_checkpointing);
+                Ok((decoder, finetune.parameters(seed, &device)?, rows))
+            }
+        }
     }
 
     fn batches(&mut self) -> Vec<Arc<Batch>> {
-        let (rows, context, vocab) = (self.recipe.train.batch, self.decoder.spec().context, self.decoder.spec().vocab as u64);
+        let (rows, context, vocab) = (self.recipe.train.batch, self.row_tokens, self.decoder.spec().vocab as u64);
         let mut batch = || {
             let mut batch = Batch::padding(rows, context);
             let mut token = || self.stream.below(vocab) as u32;
@@ -82,7 +101,7 @@ impl Rig {
     }
 
     fn tokens(&self) -> usize {
-        self.recipe.train.batch * self.recipe.train.accumulate * self.decoder.spec().context
+        self.recipe.train.batch * self.recipe.train.accumulate * self.row_tokens
     }
 }
 

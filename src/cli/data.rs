@@ -14,7 +14,7 @@ pub(super) fn run(command: &RecipeOnly, printer: &Printer) -> Result<Status> {
     recipe.check()?;
     start_threads(recipe.run.threads)?;
     let assembled = assemble(recipe, &command.recipe.recipe, candle_core::Device::Cpu, &mut |text| printer.note(text))?;
-    let (rows, context) = (assembled.recipe.train.batch, assembled.setup.spec.context);
+    let (rows, context) = (assembled.recipe.train.batch, assembled.setup.row_tokens);
     let found = report(&assembled.dataset, rows, context, assembled.setup.seed, 4)?;
     write_json(command.report.json.as_deref(), &found)?;
     let colour = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();

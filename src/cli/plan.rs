@@ -5,7 +5,7 @@ use super::printer::Printer;
 use super::{Status, memory, start_threads, write_json};
 use crate::error::Result;
 use crate::export::plan::engines;
-use crate::model::{GradientBuffers, flops, init::initialize};
+use crate::model::{GradientBuffers, flops};
 use crate::optim::{Optimizer, Table};
 use crate::recipe::{Assembled, Recipe, assemble, load};
 use crate::train::{Feed, step};
@@ -35,7 +35,7 @@ pub(super) fn run(command: &RecipeOnly, printer: &Printer) -> Result<Status> {
     recipe.check()?;
     start_threads(recipe.run.threads)?;
     let assembled = assemble(recipe, &command.recipe.recipe, candle_core::Device::Cpu, &mut |text| printer.note(text))?;
-    let parameters = initialize(&assembled.setup.spec, assembled.setup.seed, &candle_core::Device::Cpu)?;
+    let parameters = assembled.setup.parameters()?;
     let infos = step::parameter_infos(&parameters, assembled.setup.spec.heads, assembled.setup.spec.kv_heads);
     let table = Table::new(&assembled.setup.optim, &infos)?;
     printer.data(table.to_string().trim_end())?;
@@ -47,8 +47,8 @@ pub(super) fn run(command: &RecipeOnly, printer: &Printer) -> Result<Status> {
 
 fn measure(assembled: &Assembled, table: &Table) -> Result<Plan> {
     let setup = &assembled.setup;
-    let decoder = crate::model::Decoder::new(setup.spec.clone(), setup.activation_checkpointing);
-    let parameters = initialize(&setup.spec, setup.seed, &setup.device)?;
+    let decoder = setup.decoder();
+    let parameters = setup.parameters()?;
     let infos = step::parameter_infos(&parameters, setup.spec.heads, setup.spec.kv_heads);
     let mut optimizer = Optimizer::new(&setup.optim, &infos, setup.train.steps)?;
     let mut gradients = GradientBuffers::new(&parameters)?;
@@ -64,7 +64,7 @@ fn measure(assembled: &Assembled, table: &Table) -> Result<Plan> {
     let mut warm = times.split_off(1);
     warm.sort_by(f64::total_cmp);
     let step_seconds = warm[warm.len() / 2];
-    let tokens = setup.train.batch * setup.train.accumulate * setup.spec.context;
+    let tokens = setup.train.batch * setup.train.accumulate * setup.row_tokens;
     let state = table.rows.iter().map(|row| row.state_bytes).sum();
     let names = engines(&setup.spec);
     Ok(Plan {

@@ -5,6 +5,7 @@ use super::kv::Store;
 use super::linear::{Codes, Linear, products};
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
+use crate::export::adapter::LowRankAdapter;
 use crate::export::parameter::Parameter;
 use crate::model::{Activation, Spec};
 use crate::ops::cpu::gated::{Activation as Gate, gated_forward};
@@ -96,6 +97,32 @@ impl Engine {
             tokenizer,
             spec,
         })
+    }
+
+    /// Puts a low-rank adapter beside the matrices it names; it must fit (see [`LowRankAdapter::check`]).
+    pub(super) fn adapt(&mut self, adapter: LowRankAdapter) {
+        self.size.weights += adapter.bytes() / 4;
+        self.size.weight_bytes += adapter.bytes();
+        let mut modules = adapter.modules;
+        for (index, layer) in self.layers.iter_mut().enumerate() {
+            let [q, k, v] = &mut layer.attention;
+            let [gate, up] = &mut layer.gate_up;
+            let maps = [
+                ("self_attn.q_proj", q),
+                ("self_attn.k_proj", k),
+                ("self_attn.v_proj", v),
+                ("self_attn.o_proj", &mut layer.output),
+                ("mlp.gate_proj", gate),
+                ("mlp.up_proj", up),
+                ("mlp.down_proj", &mut layer.down),
+            ];
+            for (name, map) in maps {
+                if let Some(side) = modules.remove(&format!("model.layers.{index}.{name}")) {
+                    map.adapt(side);
+                }
+            }
+        }
+        assert!(modules.is_empty(), "the adapter was checked against the base");
     }
 
     /// Its shape.

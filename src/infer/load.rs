@@ -13,8 +13,12 @@ impl Engine {
     /// # Errors
     /// When there is no model at `path`, it is malformed, or it is of a kind that cannot be run; the message names file and cause.
     pub fn load(path: &Path) -> Result<Self> {
-        let loaded = load_any(path)?;
+        let mut loaded = load_any(path)?;
+        let adapter = loaded.adapter.take();
         let mut engine = Self::new(loaded.spec, &loaded.parameters, loaded.tokenizer)?;
+        if let Some(adapter) = adapter {
+            engine.adapt(adapter);
+        }
         engine.size.artifact_bytes = artifact_bytes(path)?;
         Ok(engine)
     }
@@ -29,7 +33,7 @@ fn artifact_bytes(path: &Path) -> Result<u64> {
     for entry in fs::read_dir(path).map_err(Error::io("list", path))? {
         let entry = entry.map_err(Error::io("list", path))?;
         let name = entry.file_name().to_string_lossy().into_owned();
-        let counts = name.ends_with(".safetensors") && name.starts_with("model")
+        let counts = name.ends_with(".safetensors") && (name.starts_with("model") || name.starts_with("adapter_model"))
             || name.starts_with("tokenizer")
             || name.starts_with("model.safetensors.index")
             || name == "config.json";

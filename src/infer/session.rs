@@ -28,7 +28,7 @@ impl<'e> Session<'e> {
         }
         Ok(Self {
             engine,
-            rope: RotaryTable::new(spec.head_dim, spec.rope_theta, capacity),
+            rope: RotaryTable::from_frequencies(&spec.rotary_frequencies(), capacity),
             stores: (0..spec.layers).map(|_| format.store(spec.kv_heads, spec.head_dim)).collect(),
             work: Work::default(),
             length: 0,

@@ -5,10 +5,11 @@ use std::collections::BTreeMap;
 use rayon::prelude::*;
 
 use super::clip::{clip_factor, global_norm, scale};
+use super::finch::{self, Decision};
 use super::groups::{Assignment, ParameterInfo, Table};
 use super::reduce::{squared_distance, sum_of_squares};
 use super::rule::{Rule, StepInfo};
-use super::{Config, RuleName, elements};
+use super::{Config, RuleName, Schedule, elements};
 use crate::error::{Error, Result};
 
 /// One parameter in one step. The gradient is clipped in place.
@@ -29,6 +30,8 @@ pub struct StepReport {
     /// Size of each parameter's change over its size before, both as root mean square (0 for a parameter that was zero); empty
     /// unless asked for.
     pub update_ratios: Vec<f64>,
+    /// What a rate that follows the loss did, under such a schedule.
+    pub decision: Option<Decision>,
 }
 
 /// The optimizer of a run. State is one flat buffer per parameter, all zeros at first.
@@ -37,8 +40,13 @@ pub struct Optimizer {
     table: Table,
     rules: Vec<(RuleName, Box<dyn Rule>)>,
     state: Vec<Vec<f32>>,
+    /// What a schedule that follows the loss remembers.
+    losses: finch::State,
     total_steps: u64,
 }
+
+/// Name of that among the state tensors; no parameter has it.
+const LOSSES: &str = "schedule.finch.losses";
 
 impl Optimizer {
     /// Assigns `parameters` and allocates their state. A later step expects them in this order.
@@ -50,7 +58,7 @@ impl Optimizer {
         let table = Table::new(config, parameters)?;
         let state = table.rows.iter().map(|row| vec![0.0; row.state_bytes / size_of::<f32>()]).collect();
         let rules = RuleName::ALL.map(|name| (name, name.build(config))).into();
-        Ok(Self { config: config.clone(), table, rules, state, total_steps })
+        Ok(Self { config: config.clone(), table, rules, state, losses: finch::State::default(), total_steps })
     }
 
     /// Who gets what.
@@ -88,7 +96,8 @@ impl Optimizer {
     fn run(&mut self, step: u64, parameters: &mut [ParameterSlice<'_>], measure: bool) -> Result<StepReport> {
         self.recognize(parameters);
         let gradient_norm = self.clip(parameters)?;
-        let schedule = self.config.schedule.factor(step, self.total_steps);
+        let decision = self.decision();
+        let schedule = self.config.schedule.factor(step, self.total_steps) * decision.map_or(1.0, |decision| decision.factor);
         let (rules, config, total_steps) = (&self.rules, &self.config, self.total_steps);
         let update = |((slice, state), row): ((&mut ParameterSlice<'_>, &mut Vec<f32>), &Assignment)| {
             let at = StepInfo {
@@ -107,7 +116,19 @@ impl Optimizer {
         let work = parameters.par_iter_mut().zip(&mut self.state).zip(&self.table.rows);
         let ratios = work.map(update).collect::<Result<Vec<f64>>>()?;
         let update_ratios = if measure { ratios } else { Vec::new() };
-        Ok(StepReport { gradient_norm, learning_rate: config.learning_rate * schedule, update_ratios })
+        Ok(StepReport { gradient_norm, learning_rate: config.learning_rate * schedule, update_ratios, decision })
+    }
+
+    /// Tells the loss of the step to come, once per step, to a schedule that follows it; other schedules do not listen.
+    pub fn observe(&mut self, loss: f64) {
+        if let Schedule::Finch(rule) = &self.config.schedule {
+            rule.observe(&mut self.losses, loss);
+        }
+    }
+
+    fn decision(&self) -> Option<Decision> {
+        let Schedule::Finch(rule) = &self.config.schedule else { return None };
+        Some(rule.decide(&self.losses))
     }
 
     fn recognize(&self, parameters: &[ParameterSlice<'_>]) {
@@ -132,7 +153,8 @@ impl Optimizer {
 
     /// The state by name, `PARAMETER.RULE.SEGMENT`, in the order of the parameters: what a checkpoint must keep besides the step.
     pub fn state_tensors(&self) -> impl Iterator<Item = (String, &[f32])> {
-        self.segments().map(|(name, parameter, range)| (name, &self.state[parameter][range]))
+        let losses = self.decision().map(|_| (LOSSES.to_owned(), &self.losses[..]));
+        self.segments().map(|(name, parameter, range)| (name, &self.state[parameter][range])).chain(losses)
     }
 
     /// Names of all state tensors with the parameter's index and the place in its state.
@@ -160,6 +182,10 @@ impl Optimizer {
                 return Err(Error::input(name, "optimizer state is there twice"));
             }
         }
+        let losses = self.decision().map(|_| found.remove(LOSSES).and_then(|values| finch::State::try_from(values).ok()));
+        if losses == Some(None) {
+            return Err(Error::input(LOSSES, "the smoothed loss is missing").fix(SAME_RECIPE));
+        }
         let mut state: Vec<Vec<f32>> = self.state.iter().map(|state| Vec::with_capacity(state.len())).collect();
         for (name, parameter, range) in self.segments() {
             let Some(values) = found.remove(name.as_str()) else {
@@ -175,6 +201,7 @@ impl Optimizer {
             return Err(Error::input(name, "optimizer state belongs to no parameter of this run").fix(SAME_RECIPE));
         }
         self.state = state;
+        self.losses = losses.flatten().unwrap_or_default();
         Ok(())
     }
 }
@@ -261,6 +288,34 @@ mod tests {
         let ratios = optimizer.step_measured(1, &mut run.slices()).unwrap().update_ratios;
         assert_eq!(ratios, [change(&before[0], &run.data[0]), change(&before[1], &run.data[1])]);
         assert!(ratios.iter().all(|ratio| (1e-5..0.1).contains(ratio)), "{ratios:?}");
+    }
+
+    /// Every rule moves by what the loss-adaptive rate says, and a resumed run goes on as if it had never stopped.
+    #[test]
+    fn a_rate_that_follows_the_loss_works_with_every_rule_and_resumes() {
+        let losses = [4.0, 3.0, 0.09, 0.01, 2.0, 5.0];
+        for rule in RuleName::ALL {
+            let config = Config { rule, schedule: Schedule::Finch(crate::optim::Finch::default()), ..Config::default() };
+            let step = |optimizer: &mut Optimizer, run: &mut Run, at: usize| {
+                optimizer.observe(losses[at]);
+                run.gradient = Run::new().gradient;
+                optimizer.step(at as u64, &mut run.slices()).unwrap()
+            };
+            let (mut run, mut whole) = (Run::new(), optimizer(&config));
+            let reports: Vec<StepReport> = (0..6).map(|at| step(&mut whole, &mut run, at)).collect();
+            assert!((reports[0].learning_rate - config.learning_rate / 2.0).abs() < 1e-9, "{rule:?}");
+            assert!(reports[2].learning_rate > reports[0].learning_rate && reports.iter().all(|report| report.decision.is_some()));
+
+            let (mut again, mut first) = (Run::new(), optimizer(&config));
+            (0..3).for_each(|at| drop(step(&mut first, &mut again, at)));
+            let saved: Vec<(String, Vec<f32>)> = first.state_tensors().map(|(name, values)| (name, values.to_vec())).collect();
+            let mut second = optimizer(&config);
+            second.load_state(saved.iter().map(|(name, values)| (name.as_str(), values.as_slice()))).unwrap();
+            let later: Vec<StepReport> = (3..6).map(|at| step(&mut second, &mut again, at)).collect();
+            assert_eq!((later, again.data), (reports[3..].to_vec(), run.data), "{rule:?}");
+            let without = saved.iter().filter(|(name, _)| name != LOSSES).map(|(name, values)| (name.as_str(), values.as_slice()));
+            assert!(second.load_state(without).unwrap_err().to_string().contains("smoothed loss is missing"));
+        }
     }
 
     #[test]

@@ -7,8 +7,9 @@ use super::state::State;
 use super::{Config, Setup, failure, step};
 use crate::data::{Batch, Cursor};
 use crate::error::{Error, Result};
-use crate::model::{Decoder, GradientBuffers};
-use crate::optim::StepReport;
+use crate::model::{Decoder, GradientBuffers, Parameters};
+use crate::ops::frozen::Frozen;
+use crate::optim::{Decision, StepReport};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -57,7 +58,7 @@ pub fn run(
     stop: &AtomicBool,
     monitor: &mut dyn Monitor,
 ) -> Result<Outcome> {
-    let decoder = Decoder::new(setup.spec.clone(), setup.activation_checkpointing);
+    let decoder = setup.decoder();
     let saved = state.saved.take().map(|path| (state.step, path));
     let mut run = Run { setup, decoder: &decoder, validation, window: Window::new(), evaluation: None, saved };
     let mut gradients = GradientBuffers::new(&state.parameters)?;
@@ -68,6 +69,7 @@ pub fn run(
         if state.step == 0 {
             prove_gradients(&decoder, &state.parameters, &batches, setup.reference)?;
             monitor.note(&format!("gradient proof: all {} parameters receive a finite, non-zero gradient", state.parameters.list().len()));
+            note_frozen(&state.parameters, monitor);
         }
         run.step(&mut state, &batches, &mut gradients, monitor)?;
         run.look_and_save(&mut state, &feed.cursor(), stop, monitor)?;
@@ -124,9 +126,11 @@ impl Run<'_> {
         monitor: &mut dyn Monitor,
     ) -> Result<()> {
         let z_loss = self.config().z_loss;
-        let loss = step::gradients(self.decoder, &state.parameters, batches, z_loss, self.setup.reference, gradients)?;
+        let decoder = self.decoder.blended(self.setup.blend(state.step));
+        let loss = step::gradients(&decoder, &state.parameters, batches, z_loss, self.setup.reference, gradients)?;
         let number = state.step + 1;
         let logged = number.is_multiple_of(self.config().log_every) || number == self.config().steps || number == 1;
+        state.optimizer.observe(loss);
         let updated = if loss.is_finite() {
             step::update(&mut state.optimizer, state.step, &state.parameters, gradients, logged)
         } else {
@@ -138,6 +142,10 @@ impl Run<'_> {
         monitor.stepped(number, loss);
         if logged {
             self.log(state, loss, &report, monitor)?;
+        } else if let Some(decision) = report.decision {
+            // Every decision of a rate that follows the loss is on record, but not on the screen.
+            let record = Record::new(number).with("loss", loss).with("lr", report.learning_rate);
+            state.metrics.write(&with_decision(record, decision))?;
         }
         Ok(())
     }
@@ -151,6 +159,12 @@ impl Run<'_> {
         record.put("grad_norm", report.gradient_norm);
         record.put("update_ratio_mean", ratios.iter().sum::<f64>() / ratios.len().max(1) as f64);
         record.put("update_ratio_max", ratios.iter().copied().fold(0.0, f64::max));
+        if let Some(decision) = report.decision {
+            record = with_decision(record, decision);
+        }
+        if self.setup.blend(state.step - 1) < 1.0 {
+            record.put("ternary_blend", self.setup.blend(state.step - 1));
+        }
         self.write(state, &record, monitor)?;
         self.window = Window::new();
         Ok(())
@@ -187,6 +201,23 @@ impl Run<'_> {
         crate::checkpoint::prune(&self.setup.run_dir, self.setup.checkpoint.keep_last)?;
         Ok(path)
     }
+}
+
+fn with_decision(record: Record, decision: Decision) -> Record {
+    record
+        .with("finch_smoothed_loss", decision.smoothed_loss)
+        .with("finch_factor", decision.factor)
+        .with("finch_limited", u64::from(decision.limited))
+}
+
+/// What a frozen base takes beside what is trained.
+fn note_frozen(parameters: &Parameters, monitor: &mut dyn Monitor) {
+    if parameters.frozen().is_empty() {
+        return;
+    }
+    let frozen: usize = parameters.frozen().values().map(Frozen::bytes).sum();
+    let (trained, megabytes) = (parameters.total(), frozen as f64 / 1e6);
+    monitor.note(&format!("{trained} weights are trained; the frozen base takes {megabytes:.1} MB and nothing else"));
 }
 
 fn evaluation_record(step: u64, evaluation: &Evaluation) -> Record {
