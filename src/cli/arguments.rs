@@ -204,13 +204,15 @@ pub enum BenchTarget {
     Kernels,
     /// One step of each optimizer rule beside forward and backward.
     Optim,
+    /// What ways of fine-tuning forget: methods and rates of a recipe's [forgetting].
+    Finetune,
 }
 
 #[derive(Args, Debug)]
 pub struct Bench {
     /// What to time.
     pub what: BenchTarget,
-    /// Recipe (train, optim) or model (decode).
+    /// Recipe (train, optim, finetune) or model (decode).
     pub input: Option<PathBuf>,
     /// Override one key of the recipe.
     #[arg(long = "set", value_name = "KEY=VALUE")]

@@ -6,6 +6,7 @@
 mod compare;
 pub mod documents;
 mod evaluate;
+pub mod forgetting;
 mod limits;
 mod places;
 mod report;
