@@ -489,7 +489,7 @@ osprey <COMMAND> --help --quiet --version
 train <RECIPE> --device --help --json --quiet --replay --resume --set --verify-resume
 export <MODEL> --document-separator --format --help --json --max-documents --merge-limit --out --quiet --text
 validate <ARTIFACT> --against --context --document-separator --help --json --max-documents --quiet --text
-eval <MODEL> --context --document-separator --help --json --max-documents --quiet --text --tokens
+eval <MODEL> --context --document-separator --help --json --max-documents --quiet --task --text --tokens
 generate <MODEL> --help --max-tokens --min-p --prompt --quiet --seed --temperature --top-k --top-p
 data <RECIPE> --help --json --quiet --set
 plan <RECIPE> --help --json --quiet --set

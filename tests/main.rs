@@ -1,5 +1,6 @@
 //! Tests across modules, one binary.
 
+mod chat;
 mod cli;
 mod finetune;
 mod formats;

@@ -23,6 +23,7 @@ pub(super) fn run(command: &Bench, printer: &Printer) -> Result<Status> {
         BenchTarget::Optim => optim(command, printer),
         BenchTarget::Kernels => kernels(command, printer),
         BenchTarget::Decode => super::decode::run(command, printer),
+        BenchTarget::Finetune => super::forgetting::run(command, printer),
     }
 }
 

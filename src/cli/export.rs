@@ -1,6 +1,6 @@
 //! `osprey export`.
 
-use super::arguments::{Export, Text};
+use super::arguments::{Documents, Export};
 use super::printer::Printer;
 use super::{Status, model, write_json};
 use crate::error::{Error, Result};
@@ -43,13 +43,8 @@ fn read_documents(command: &Export, loaded: &Loaded) -> Result<Vec<Document>> {
         Error::file(&command.model, "has no tokenizer, so the cost of the merge cannot be measured")
             .fix("put tokenizer.json beside its base")
     })?;
-    let text = Text {
-        text: path.clone(),
-        document_separator: command.document_separator.clone(),
-        max_documents: command.max_documents,
-        context: None,
-    };
-    model::read(&text, tokenizer, loaded.spec.context)
+    let options = Documents { document_separator: command.document_separator.clone(), max_documents: command.max_documents, context: None };
+    model::read(path, &options, tokenizer, loaded.spec.context)
 }
 
 /// Exports the model at `model` to `out`; an adapter is merged, or written by itself as `peft`.

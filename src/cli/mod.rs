@@ -9,6 +9,7 @@ mod doctor;
 mod eval;
 mod export;
 mod finish;
+mod forgetting;
 mod generate;
 mod inspect;
 mod memory;

@@ -12,7 +12,7 @@ pub(super) fn run(command: &Validate, printer: &Printer) -> Result<Status> {
     start_threads(None)?;
     let (artifact, reference) = (Engine::load(&command.artifact)?, Engine::load(&command.against)?);
     let context = artifact.spec().context.min(reference.spec().context);
-    let documents = model::read(&command.text, artifact.tokenizer()?, context)?;
+    let documents = model::read(&command.text, &command.documents, artifact.tokenizer()?, context)?;
     let options = Options { worst: 10, ..Options::default() };
     let report = compare(&artifact, &reference, &documents, &options, |_| ())?;
     write_json(command.report.json.as_deref(), &report)?;

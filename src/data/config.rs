@@ -220,6 +220,27 @@ impl Config {
 }
 
 impl SourceConfig {
+    /// Its share of the training tokens relative to the others, where it has one.
+    pub fn weight(&self) -> Option<f64> {
+        match self {
+            Self::Builtin(config) => config.weight,
+            Self::Text(config) => config.weight,
+            Self::Jsonl(config) => config.weight,
+            Self::Chat(config) => config.weight,
+        }
+    }
+
+    /// Gives it another share.
+    pub fn set_weight(&mut self, weight: f64) {
+        let own = match self {
+            Self::Builtin(config) => &mut config.weight,
+            Self::Text(config) => &mut config.weight,
+            Self::Jsonl(config) => &mut config.weight,
+            Self::Chat(config) => &mut config.weight,
+        };
+        *own = Some(weight);
+    }
+
     fn open(&self, tokenizer: &TokenizerConfig, recipe_folder: &Path) -> Result<Named> {
         match self {
             Self::Builtin(config) => {
@@ -265,7 +286,7 @@ fn open_path(path: &Path, recipe_folder: &Path) -> Result<Box<dyn Source>> {
 }
 
 /// `path` from the working directory or, where nothing is there, from the recipe's folder.
-pub(super) fn find(path: &Path, recipe_folder: &Path) -> Result<PathBuf> {
+pub(crate) fn find(path: &Path, recipe_folder: &Path) -> Result<PathBuf> {
     if path.exists() {
         return Ok(path.to_path_buf());
     }

@@ -167,6 +167,12 @@ impl Dataset {
         batches.collect()
     }
 
+    /// The held-out conversations: tokens, and how much each counts as a target.
+    pub fn held_out_sequences(&self) -> Vec<(Vec<u32>, Vec<f32>)> {
+        let weighted = self.validation.iter().filter(|part| part.shard.is_weighted());
+        weighted.flat_map(|part| (0..part.shard.documents()).map(|at| (part.shard.document(at), part.shard.document_weights(at)))).collect()
+    }
+
     /// At most `most` held-out documents, evenly spaced over all of them, each with BOS in front where the tokenizer has one and the
     /// document is no whole sequence already.
     pub fn held_out_documents(&self, most: usize) -> Vec<Vec<u32>> {

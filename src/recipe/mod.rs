@@ -42,4 +42,7 @@ pub struct Recipe {
     pub export: ExportConfig,
     #[serde(default)]
     pub validate: ValidateConfig,
+    /// What `osprey bench finetune` measures and compares.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub forgetting: Option<crate::validate::forgetting::Config>,
 }

@@ -6,11 +6,13 @@
 mod compare;
 pub mod documents;
 mod evaluate;
+pub mod forgetting;
 mod limits;
 mod places;
 mod report;
 mod rows;
 mod skills;
+pub mod tasks;
 
 pub use compare::{Options, compare};
 pub use documents::{Document, Protocol};
@@ -19,3 +21,4 @@ pub use limits::Limits;
 pub use places::{Place, places};
 pub use report::{Report, SkillPair, TokenLoss, Verdict};
 pub use skills::{SkillScore, skills};
+pub use tasks::{TaskScore, task};

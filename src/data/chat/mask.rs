@@ -218,9 +218,12 @@ impl Turns<'_> {
             let first = content[head..].chars().next();
             let last = content[..tail].chars().next_back();
             let (Some(first), Some(last)) = (first, last) else { return Place::default() };
-            let start = self.place_of(at, head + first.len_utf8(), mark).map(|place| place - first.len_utf8());
-            let end = self.place_of(at, tail - last.len_utf8(), mark).map(|place| place + last.len_utf8());
-            Place { start, end }
+            let (inner_head, inner_tail) = (head + first.len_utf8(), tail - last.len_utf8());
+            let start = self.place_of(at, inner_head, mark).map(|place| place - first.len_utf8());
+            let end = self.place_of(at, inner_tail, mark).map(|place| place + last.len_utf8());
+            // White space around the content, where the template keeps it.
+            let outer = |is_kept: bool, within: usize| is_kept.then(|| self.place_of(at, within, mark)).flatten();
+            Place { start: outer(head > 0, 0).or(start), end: outer(tail < content.len(), content.len()).or(end) }
         };
         (0..self.values.len()).map(place).collect()
     }

@@ -236,7 +236,8 @@ fn a_report_shows_the_mask() {
     let double = r#"{"prompt": "<|endoftext|>a", "completion": "b"}"#;
     let long = format!("{{\"prompt\": \"{}\", \"completion\": \"b\"}}", "a ".repeat(200));
     let cut = format!("{{\"prompt\": \"a\", \"completion\": \"{}\"}}", "b ".repeat(200).trim());
-    let dataset = open(&[double, &long, &cut, TWO_TURNS].join("\n"), "template = \"raw\"").unwrap();
+    let turns = r#"{"prompt": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}, {"role": "user", "content": "Bye"}], "completion": "See you"}"#;
+    let dataset = open(&[double, &long, &cut, turns].join("\n"), "template = \"raw\"").unwrap();
     let report = crate::data::report(&dataset, 2, 128, 0, 2).unwrap();
     let found = report.train[0].conversations.clone().unwrap();
     assert_eq!((found.answers, found.truncated_answers, found.left_out, found.double_bos, found.missing_bos), (5, 2, 1, 1, 0));
