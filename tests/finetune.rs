@@ -130,6 +130,22 @@ fn twenty_steps_of_lora_are_those_of_peft() {
     }
 }
 
+/// The first block's input needs no gradient when the embedding is frozen; its adapters still do.
+#[test]
+fn recomputing_blocks_changes_no_bit_of_an_adapters_gradient() {
+    let finetune = Finetune::open(&recipe(&fixture("llama3"), Some(Lora::default())), Path::new(".")).unwrap();
+    let parameters = finetune.parameters(1, &Device::Cpu).unwrap();
+    let batch = batch(&(0..96).map(|i| (i * 11 + 5) % 90).collect::<Vec<u32>>(), 2);
+    let [kept, recomputed] = [false, true].map(|checkpointing| {
+        let decoder = osprey::model::Decoder::with_positions(finetune.spec.clone(), 64, checkpointing);
+        let mut gradients = GradientBuffers::new(&parameters).unwrap();
+        let loss = step::gradients(&decoder, &parameters, &[batch.clone()], 0.0, false, &mut gradients).unwrap();
+        (loss, gradients.finished().len(), gradients.flat().to_vec1::<f32>().unwrap())
+    });
+    assert!(kept.2.iter().any(|&gradient| gradient != 0.0) && kept.1 == parameters.list().len());
+    assert!(kept == recomputed);
+}
+
 #[test]
 fn nothing_is_held_for_a_frozen_weight_but_itself() {
     let lora = Lora { rank: 2, ..Lora::default() };
