@@ -534,9 +534,9 @@ fn a_model_runs_with_every_cache_and_policy() {
 const COMMANDS: &str = "\
 osprey <COMMAND> --help --quiet --version
 train <RECIPE> --device --help --json --quiet --replay --resume --set --verify-resume
-export <MODEL> --format --help --json --out --quiet
+export <MODEL> --document-separator --format --help --json --max-documents --merge-limit --out --quiet --text
 validate <ARTIFACT> --against --attention --certificate --context --device --document-separator --epsilon --help --json --kv --max-documents --quiet --text
-eval <MODEL> --attention --certificate --context --device --document-separator --epsilon --help --json --kv --max-documents --quiet --text --tokens
+eval <MODEL> --attention --certificate --context --device --document-separator --epsilon --help --json --kv --max-documents --quiet --task --text --tokens
 generate <MODEL> --attention --certificate --device --epsilon --help --kv --max-tokens --min-p --prompt --quiet --seed --temperature --top-k --top-p
 data <RECIPE> --help --json --quiet --set
 plan <RECIPE> --help --json --quiet --set

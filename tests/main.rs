@@ -1,6 +1,8 @@
 //! Tests across modules, one binary.
 
+mod chat;
 mod cli;
+mod finetune;
 mod formats;
 mod golden;
 mod layering;

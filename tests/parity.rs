@@ -184,7 +184,7 @@ impl Run {
 /// `make.py`'s settings: decay on matrices but not on the embedding table.
 fn adamw(parameters: &Parameters, learning_rate: f64, steps: u64) -> Optimizer {
     let role = |role| match role {
-        Role::Hidden => optim::Role::HiddenMatrix,
+        Role::Hidden | Role::Adapter => optim::Role::HiddenMatrix,
         Role::Embedding => optim::Role::Embedding,
         Role::Head => optim::Role::Head,
         Role::Gain => optim::Role::Gain,

@@ -180,7 +180,7 @@ fn loss(spec: &Spec, parameters: &Parameters, inputs: &Inputs, targets: &[u32]) 
     let hidden = decoder.hidden(&tape, parameters, inputs, None).unwrap();
     let weights = vec![1.0; targets.len()];
     let targets = Targets { ids: targets, weights: &weights, scale: 1.0, z_loss: 0.0 };
-    linear_cross_entropy(&tape, &hidden, &decoder.head(parameters), targets).unwrap().weighted_nll
+    linear_cross_entropy(&tape, &hidden, &decoder.head(parameters).unwrap(), targets).unwrap().weighted_nll
 }
 
 #[test]

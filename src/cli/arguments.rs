@@ -22,7 +22,7 @@ pub enum Command {
     Export(Export),
     /// Run an exported file and its original, and say what was lost.
     Validate(Validate),
-    /// Negative log-likelihood per token of a text.
+    /// Negative log-likelihood per token of a text, accuracy on tasks.
     Eval(Eval),
     /// Continue a prompt.
     Generate(Generate),
@@ -85,7 +85,7 @@ pub struct Train {
 
 #[derive(Args, Debug)]
 pub struct Export {
-    /// Checkpoint, Hugging Face directory or GGUF file.
+    /// Checkpoint, Hugging Face or adapter directory, or GGUF file.
     pub model: PathBuf,
     /// Format of the artifact.
     #[arg(long)]
@@ -93,20 +93,29 @@ pub struct Export {
     /// File (GGUF) or directory to write.
     #[arg(long)]
     pub out: PathBuf,
+    /// Text that the merge of an adapter into a ternary base is measured on.
+    #[arg(long, value_name = "FILE")]
+    pub text: Option<PathBuf>,
+    /// What separates the documents of that text.
+    #[arg(long, value_name = "STRING", allow_hyphen_values = true)]
+    pub document_separator: Option<String>,
+    /// Read only this many documents of it.
+    #[arg(long, value_name = "N")]
+    pub max_documents: Option<usize>,
+    /// The most nats per token that such a merge may cost.
+    #[arg(long, value_name = "NATS", default_value_t = crate::recipe::MERGE_LIMIT)]
+    pub merge_limit: f64,
     #[command(flatten)]
     pub report: Report,
 }
 
 /// How a text becomes documents.
 #[derive(Args, Debug)]
-pub struct Text {
-    /// Text file (UTF-8), or JSONL with a `text` field.
-    #[arg(long, value_name = "FILE")]
-    pub text: PathBuf,
+pub struct Documents {
     /// What separates documents; without it the file is one document.
     #[arg(long, value_name = "STRING", allow_hyphen_values = true)]
     pub document_separator: Option<String>,
-    /// Read only this many documents.
+    /// Read only this many documents, or questions of a task.
     #[arg(long, value_name = "N")]
     pub max_documents: Option<usize>,
     /// Cut documents to this many tokens, the beginning-of-text token included; the model's context by default.
@@ -147,8 +156,11 @@ pub struct Validate {
     /// The model it was made from.
     #[arg(long, value_name = "MODEL")]
     pub against: PathBuf,
+    /// Text file (UTF-8), or JSONL with a `text` field.
+    #[arg(long, value_name = "FILE")]
+    pub text: PathBuf,
     #[command(flatten)]
-    pub text: Text,
+    pub documents: Documents,
     #[command(flatten)]
     pub processor: Processor,
     #[command(flatten)]
@@ -161,14 +173,20 @@ pub struct Validate {
 pub struct Eval {
     /// Checkpoint, Hugging Face directory or GGUF file.
     pub model: PathBuf,
+    /// Text file (UTF-8), or JSONL with a `text` field.
+    #[arg(long, value_name = "FILE", required_unless_present = "tasks")]
+    pub text: Option<PathBuf>,
     #[command(flatten)]
-    pub text: Text,
+    pub documents: Documents,
+    /// Questions with choices, JSONL: share of right answers, by log-likelihood and by log-likelihood per character. May be repeated.
+    #[arg(long = "task", value_name = "NAME=FILE")]
+    pub tasks: Vec<String>,
     #[command(flatten)]
     pub processor: Processor,
     #[command(flatten)]
     pub cache: Cache,
     /// Write one JSON line per predicted token: document, position, token, nll, top1.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", requires = "text")]
     pub tokens: Option<PathBuf>,
     #[command(flatten)]
     pub report: Report,
@@ -224,13 +242,15 @@ pub enum BenchTarget {
     Kernels,
     /// One step of each optimizer rule beside forward and backward.
     Optim,
+    /// What ways of fine-tuning forget: methods and rates of a recipe's [forgetting].
+    Finetune,
 }
 
 #[derive(Args, Debug)]
 pub struct Bench {
     /// What to time.
     pub what: BenchTarget,
-    /// Recipe (train, optim) or model (decode).
+    /// Recipe (train, optim, finetune) or model (decode).
     pub input: Option<PathBuf>,
     /// Override one key of the recipe.
     #[arg(long = "set", value_name = "KEY=VALUE")]

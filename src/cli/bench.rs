@@ -6,13 +6,14 @@ use super::{Status, memory, start_threads, write_json};
 use crate::data::Batch;
 use crate::error::{Error, Result};
 use crate::infer::kv::codec::bench as codec;
-use crate::model::{Decoder, GradientBuffers, Parameters, flops, init::initialize};
+use crate::model::{Decoder, GradientBuffers, Parameters, Spec, flops, init::initialize};
 use crate::ops::cpu::bench::{Measurement, Shape, dense, ternary};
 use crate::ops::rng::Stream;
 use crate::optim::{Optimizer, RuleName};
-use crate::recipe::{Recipe, assemble, load};
-use crate::train::step;
+use crate::recipe::{Origin, Recipe, assemble, load};
+use crate::train::{Finetune, step};
 use serde::Serialize;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -23,6 +24,7 @@ pub(super) fn run(command: &Bench, printer: &Printer) -> Result<Status> {
         BenchTarget::Optim => optim(command, printer),
         BenchTarget::Kernels => kernels(command, printer),
         BenchTarget::Decode => super::decode::run(command, printer),
+        BenchTarget::Finetune => super::forgetting::run(command, printer),
     }
 }
 
@@ -42,23 +44,41 @@ struct Rig {
     parameters: Parameters,
     gradients: GradientBuffers,
     recipe: Recipe,
+    /// Tokens per row.
+    row_tokens: usize,
     stream: Stream,
 }
 
 impl Rig {
     fn new(recipe: Recipe) -> Result<Self> {
-        let spec = recipe.model.resolve(0)?;
-        if spec.vocab == 0 {
-            return Err(Error::input("model.vocab", "is needed: a benchmark opens no tokenizer").fix("add --set model.vocab=8192"));
-        }
-        let parameters = initialize(&spec, recipe.run.seed, &candle_core::Device::Cpu)?;
+        let (decoder, parameters, row_tokens) = Self::model(&recipe)?;
         let gradients = GradientBuffers::new(&parameters)?;
-        let decoder = Decoder::new(spec, recipe.model.activation_checkpointing);
-        Ok(Self { decoder, parameters, gradients, recipe, stream: Stream::new(1, "bench") })
+        Ok(Self { decoder, parameters, gradients, row_tokens, recipe, stream: Stream::new(1, "bench") })
+    }
+
+    /// The recipe's model, or its base with what is trained on it, and the tokens per row.
+    fn model(recipe: &Recipe) -> Result<(Decoder, Parameters, usize)> {
+        let (seed, device) = (recipe.run.seed, candle_core::Device::Cpu);
+        match recipe.origin()? {
+            Origin::Fresh(model) => {
+                let spec = model.resolve(0)?;
+                if spec.vocab == 0 {
+                    return Err(Error::input("model.vocab", "is needed: a benchmark opens no tokenizer").fix("add --set model.vocab=8192"));
+                }
+                let (parameters, context) = (initialize(&spec, seed, &device)?, spec.context);
+                Ok((Decoder::new(spec, model.activation_checkpointing), parameters, context))
+            }
+            Origin::Base(config) => {
+                let finetune = Finetune::open(config, Path::new("."))?;
+                let rows = finetune.row_tokens();
+                let decoder = Decoder::with_positions(finetune.spec.clone(), rows, config.activation_checkpointing);
+                Ok((decoder, finetune.parameters(seed, &device)?, rows))
+            }
+        }
     }
 
     fn batches(&mut self) -> Vec<Arc<Batch>> {
-        let (rows, context, vocab) = (self.recipe.train.batch, self.decoder.spec().context, self.decoder.spec().vocab as u64);
+        let (rows, context, vocab) = (self.recipe.train.batch, self.row_tokens, self.decoder.spec().vocab as u64);
         let mut batch = || {
             let mut batch = Batch::padding(rows, context);
             let mut token = || self.stream.below(vocab) as u32;
@@ -82,8 +102,18 @@ impl Rig {
         Optimizer::new(&config, &step::parameter_infos(&self.parameters, spec.heads, spec.kv_heads), self.recipe.train.steps.max(1000))
     }
 
+    /// Floating-point operations of a step.
+    fn operations(&self) -> f64 {
+        let rows = Spec { context: self.row_tokens, ..self.decoder.spec().clone() };
+        if self.parameters.adapter().is_some() {
+            flops::adapter_training(&rows, self.tokens())
+        } else {
+            flops::training(&rows, self.tokens())
+        }
+    }
+
     fn tokens(&self) -> usize {
-        self.recipe.train.batch * self.recipe.train.accumulate * self.decoder.spec().context
+        self.recipe.train.batch * self.recipe.train.accumulate * self.row_tokens
     }
 }
 
@@ -125,7 +155,7 @@ fn train(command: &Bench, printer: &Printer) -> Result<Status> {
         tokens_per_second: tokens as f64 / step_time.as_secs_f64(),
         step_milliseconds: step_time.as_secs_f64() * 1e3,
         forward_backward_milliseconds: pass_time.as_secs_f64() * 1e3,
-        gflops: flops::training(rig.decoder.spec(), tokens) / step_time.as_secs_f64() / 1e9,
+        gflops: rig.operations() / step_time.as_secs_f64() / 1e9,
         training_memory_bytes: before.zip(memory::resident()).map(|((before, _), (_, peak))| peak.saturating_sub(before)),
         loss,
     };
@@ -197,7 +227,9 @@ pub(super) fn costs(recipes: &[Recipe]) -> Result<Vec<f64>> {
     for recipe in recipes {
         let assembled = assemble(recipe.clone(), std::path::Path::new("recipe.toml"), candle_core::Device::Cpu, &mut |_| ())?;
         let mut recipe = recipe.clone();
-        recipe.model.vocab = Some(assembled.setup.spec.vocab);
+        if let Some(model) = &mut recipe.model {
+            model.vocab = Some(assembled.setup.spec.vocab);
+        }
         let rule = recipe.optim.rule;
         let rig = Rig::new(recipe)?;
         let optimizer = rig.optimizer(rule)?;

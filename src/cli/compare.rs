@@ -9,7 +9,7 @@ use super::bench::costs;
 use super::printer::Printer;
 use super::sweep::{Finding, Sweep, Trial, interval};
 use super::{Status, write_json};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::{Face, Norm};
 use crate::optim::RuleName;
 use crate::recipe::Recipe;
@@ -63,9 +63,11 @@ fn switches() -> Vec<Arm> {
 
 fn switch(recipe: &mut Recipe, rule: RuleName, single_scale: bool, projection: bool) {
     recipe.optim.rule = rule;
-    recipe.model.face = Face::Dense;
-    recipe.model.norm = Some(if single_scale { Norm::SingleScale } else { Norm::Rms });
-    recipe.model.embedding_projection = Some(projection);
+    if let Some(model) = &mut recipe.model {
+        model.face = Face::Dense;
+        model.norm = Some(if single_scale { Norm::SingleScale } else { Norm::Rms });
+        model.embedding_projection = Some(projection);
+    }
 }
 
 /// One line of the table.
@@ -82,6 +84,11 @@ struct Row {
 }
 
 pub(super) fn run(command: &Bench, recipe: &Recipe, printer: &Printer) -> Result<Status> {
+    if recipe.model.is_none() {
+        return Err(
+            Error::input("model", "is needed: the rules are compared from random weights").fix("give a recipe with a table [model]")
+        );
+    }
     let arms = if command.osp { switches() } else { rules() };
     let mut sweep = Sweep::open(Path::new(&recipe.run.dir), printer)?;
     let mut rows = arms.iter().map(|arm| tune(arm, recipe, &mut sweep)).collect::<Result<Vec<_>>>()?;
@@ -153,7 +160,8 @@ fn losses(found: &[Finding]) -> String {
 }
 
 fn show(rows: &[Row], recipe: &Recipe, printer: &Printer) -> Result<()> {
-    let tokens = recipe.train.steps as usize * recipe.train.batch * recipe.train.accumulate * recipe.model.context;
+    let context = recipe.model.as_ref().map_or(0, |model| model.context);
+    let tokens = recipe.train.steps as usize * recipe.train.batch * recipe.train.accumulate * context;
     printer.data(format!("{} steps, {tokens} tokens; {SEEDS} seeds, mean and 95% interval of the held-out loss\n", recipe.train.steps))?;
     printer.data("| rule | best rate | loss at equal tokens | ms per step | steps at equal time | loss at equal time |")?;
     printer.data("| --- | ---: | ---: | ---: | ---: | ---: |")?;

@@ -6,6 +6,7 @@ use super::{Status, start_threads, write_json};
 use crate::data::report;
 use crate::error::Result;
 use crate::recipe::{Recipe, assemble, load};
+use std::io::IsTerminal;
 
 /// Builds the shards and shows what the first batch contains.
 pub(super) fn run(command: &RecipeOnly, printer: &Printer) -> Result<Status> {
@@ -13,9 +14,10 @@ pub(super) fn run(command: &RecipeOnly, printer: &Printer) -> Result<Status> {
     recipe.check()?;
     start_threads(recipe.run.threads)?;
     let assembled = assemble(recipe, &command.recipe.recipe, candle_core::Device::Cpu, &mut |text| printer.note(text))?;
-    let (rows, context) = (assembled.recipe.train.batch, assembled.setup.spec.context);
+    let (rows, context) = (assembled.recipe.train.batch, assembled.setup.row_tokens);
     let found = report(&assembled.dataset, rows, context, assembled.setup.seed, 4)?;
     write_json(command.report.json.as_deref(), &found)?;
-    printer.data(found.to_string())?;
+    let colour = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    printer.data(found.render(colour))?;
     Ok(Status::Done)
 }

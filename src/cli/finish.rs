@@ -1,11 +1,13 @@
 //! What `osprey train` does after the last step: export, run what was exported, compare, and show a sample.
 
+use super::export::Proof;
 use super::printer::Printer;
 use super::{Status, export, generate, model, write_json};
 use crate::data::config::SourceConfig;
 use crate::data::{Probe, Skill, builtin, skill_probes};
 use crate::error::{Error, Result};
 use crate::export::Target;
+use crate::export::import::Loaded;
 use crate::infer::sampler::Config;
 use crate::infer::{Engine, cache};
 use crate::model::LinearKind;
@@ -35,7 +37,9 @@ pub(super) fn run(assembled: &Assembled, outcome: &Outcome, json: Option<&Path>,
     show_training(outcome, printer)?;
     for target in assembled.recipe.export.targets()? {
         let path = place(&folder, target)?;
-        export::show(&export::artifact(&outcome.checkpoint, target, &path)?, printer)?;
+        let held_out = |_: &Loaded| Ok(some_held_out(assembled));
+        let proof = Proof { documents: &held_out, limit: assembled.recipe.export.merge_limit };
+        export::show(&export::artifact(&outcome.checkpoint, target, &path, &proof)?, printer)?;
         if let Some(report) = validate(assembled, &outcome.checkpoint, target, &path)? {
             model::show(&report, printer)?;
             show_chance(assembled, &report, printer)?;
@@ -147,8 +151,16 @@ fn builtin_source(assembled: &Assembled) -> Option<&builtin::Config> {
 
 /// The first held-out documents, as many as the recipe asks for, cut to the context.
 fn held_out(assembled: &Assembled) -> Vec<Document> {
-    let wanted = assembled.recipe.validate.documents;
-    let context = assembled.setup.spec.context;
+    documents(assembled, assembled.recipe.validate.documents)
+}
+
+/// The same, a few at least: what a merge costs is measured even where nothing else is.
+fn some_held_out(assembled: &Assembled) -> Vec<Document> {
+    documents(assembled, assembled.recipe.validate.documents.max(32))
+}
+
+fn documents(assembled: &Assembled, wanted: usize) -> Vec<Document> {
+    let context = assembled.setup.row_tokens;
     assembled
         .dataset
         .held_out_documents(wanted)

@@ -11,6 +11,7 @@ mod doctor;
 mod eval;
 mod export;
 mod finish;
+mod forgetting;
 mod generate;
 mod inspect;
 mod memory;

@@ -1,20 +1,21 @@
 //! What the commands that run models share: opening one, reading the documents, and the table of a comparison.
 
-use super::arguments::Text;
+use super::arguments;
 use super::printer::Printer;
 use crate::data::Skill;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use crate::validate::{CacheReport, Classes, Document, Protocol, Report, SpotPair, Verdict, documents};
+use std::path::Path;
 
 /// The documents that the options name, cut to `context` tokens.
-pub(super) fn read(text: &Text, tokenizer: &Tokenizer, context: usize) -> Result<Vec<Document>> {
-    let protocol = Protocol { separator: text.document_separator.clone(), max_documents: text.max_documents };
-    if let Some(asked) = text.context.filter(|&asked| asked > context) {
+pub(super) fn read(text: &Path, options: &arguments::Documents, tokenizer: &Tokenizer, context: usize) -> Result<Vec<Document>> {
+    let protocol = Protocol { separator: options.document_separator.clone(), max_documents: options.max_documents };
+    if let Some(asked) = options.context.filter(|&asked| asked > context) {
         let cause = format!("{asked} tokens are more than the {context} the model was made for");
         return Err(Error::input("--context", cause).fix(format!("give at most {context}")));
     }
-    documents::read(&text.text, &protocol, tokenizer, text.context.unwrap_or(context))
+    documents::read(text, &protocol, tokenizer, options.context.unwrap_or(context))
 }
 
 /// Prints a comparison: the figures before and after, what passed its limit, and the tokens that suffered most.

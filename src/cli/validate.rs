@@ -14,7 +14,7 @@ pub(super) fn run(command: &Validate, printer: &Printer) -> Result<Status> {
     start_threads(None)?;
     let (artifact, reference) = (Engine::load_on(&command.artifact, processor)?, Engine::load_on(&command.against, processor)?);
     let context = artifact.spec().context.min(reference.spec().context);
-    let documents = model::read(&command.text, artifact.tokenizer()?, context)?;
+    let documents = model::read(&command.text, &command.documents, artifact.tokenizer()?, context)?;
     let probes = probing::probes(&reference, context)?;
     let options = Options { worst: 10, probes, cache, ..Options::default() };
     let report = compare(&artifact, &reference, &documents, &options, |_| ())?;

@@ -21,7 +21,7 @@ pub(super) fn run(mut assembled: Assembled, printer: &mut Printer) -> Result<Sta
     let whole = attempt(&mut assembled, &base.join("whole"), &[steps], printer)?;
     let parts = attempt(&mut assembled, &base.join("interrupted"), &[steps / 2, steps], printer)?;
     let mut equal = true;
-    for file in ["model.safetensors", "optimizer.safetensors"] {
+    for file in [assembled.setup.weights_file(), "optimizer.safetensors"] {
         let same = checkpoint::open(&whole)?.bytes(file)? == checkpoint::open(&parts)?.bytes(file)?;
         printer.data(format!("{file}: {}", if same { "equal to the last bit" } else { "DIFFERENT" }))?;
         equal &= same;

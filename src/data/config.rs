@@ -10,12 +10,14 @@
 //! text = { path = "stories.txt", separator = "<|endoftext|>", weight = 3.0 }
 //! [[data.sources]]
 //! jsonl = { path = "web.jsonl", field = "text", weight = 1.0 }
+//! [[data.sources]]
+//! chat = { path = "support.jsonl", template = "chatml", train = "answers", weight = 1.0 }
 //! ```
 //!
 //! Relative paths start at the working directory or, where nothing is there, at the recipe's folder.
 
-use super::builtin;
 use super::source::{Files, Layout, Source};
+use super::{builtin, chat};
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -66,6 +68,7 @@ pub enum SourceConfig {
     Builtin(builtin::Config),
     Text(TextConfig),
     Jsonl(JsonlConfig),
+    Chat(chat::Config),
 }
 
 /// Plain text.
@@ -158,6 +161,8 @@ pub(super) struct Named {
     pub(super) name: String,
     pub(super) weight: Option<f64>,
     pub(super) source: Box<dyn Source>,
+    /// The same source where it holds conversations, which have weights.
+    pub(super) chat: Option<chat::Chat>,
 }
 
 impl Config {
@@ -170,7 +175,7 @@ impl Config {
                     .fix("set data.path to a file or folder of text"));
             }
             (Some(_), _) => return Err(Error::input("data", "both `path` and `sources` are set").fix("keep one of them")),
-            (None, sources) => sources.iter().map(|source| source.open(recipe_folder)).collect::<Result<_>>()?,
+            (None, sources) => sources.iter().map(|source| source.open(&self.tokenizer, recipe_folder)).collect::<Result<_>>()?,
         };
         let weighted = named.iter().filter(|source| source.weight.is_some()).count();
         if weighted != 0 && weighted != named.len() {
@@ -218,7 +223,28 @@ impl Config {
 }
 
 impl SourceConfig {
-    fn open(&self, recipe_folder: &Path) -> Result<Named> {
+    /// Its share of the training tokens relative to the others, where it has one.
+    pub fn weight(&self) -> Option<f64> {
+        match self {
+            Self::Builtin(config) => config.weight,
+            Self::Text(config) => config.weight,
+            Self::Jsonl(config) => config.weight,
+            Self::Chat(config) => config.weight,
+        }
+    }
+
+    /// Gives it another share.
+    pub fn set_weight(&mut self, weight: f64) {
+        let own = match self {
+            Self::Builtin(config) => &mut config.weight,
+            Self::Text(config) => &mut config.weight,
+            Self::Jsonl(config) => &mut config.weight,
+            Self::Chat(config) => &mut config.weight,
+        };
+        *own = Some(weight);
+    }
+
+    fn open(&self, tokenizer: &TokenizerConfig, recipe_folder: &Path) -> Result<Named> {
         match self {
             Self::Builtin(config) => {
                 config.check()?;
@@ -239,6 +265,10 @@ impl SourceConfig {
                 let layout = Layout::Lines(config.field.clone());
                 Ok(named(config.weight, Box::new(Files::new(&find(&config.path, recipe_folder)?, &[("jsonl", layout)])?)))
             }
+            Self::Chat(config) => {
+                let chat = config.open(tokenizer, recipe_folder)?;
+                Ok(Named { chat: Some(chat.clone()), ..named(config.weight, Box::new(chat)) })
+            }
         }
     }
 }
@@ -250,7 +280,7 @@ fn named(weight: Option<f64>, source: Box<dyn Source>) -> Named {
         .map(|letter| if letter.is_alphanumeric() || "-_.".contains(letter) { letter } else { '-' })
         .take(60)
         .collect();
-    Named { name: letters, weight, source }
+    Named { name: letters, weight, source, chat: None }
 }
 
 fn open_path(path: &Path, recipe_folder: &Path) -> Result<Box<dyn Source>> {
@@ -259,7 +289,7 @@ fn open_path(path: &Path, recipe_folder: &Path) -> Result<Box<dyn Source>> {
 }
 
 /// `path` from the working directory or, where nothing is there, from the recipe's folder.
-pub(super) fn find(path: &Path, recipe_folder: &Path) -> Result<PathBuf> {
+pub(crate) fn find(path: &Path, recipe_folder: &Path) -> Result<PathBuf> {
     if path.exists() {
         return Ok(path.to_path_buf());
     }

@@ -1,11 +1,13 @@
 //! From the recipe's sources to verified shards: trains or loads the tokenizer, tokenizes what changed, reuses the rest.
 
 use super::bins::Bins;
+use super::chat::Document;
 use super::config::{BpeConfig, Config, Named, Order, TokenizerConfig, Validation, find};
 use super::pack::{Batch, Rules, Stream};
 use super::shard::{Shard, Writer};
 use super::source::Source;
 use super::tokenizer::Tokenizer;
+use super::whole::WholeRows;
 use crate::error::{Error, Result};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -40,6 +42,16 @@ pub struct Dataset {
     pub(super) order: Order,
     pub(super) attend_across_documents: bool,
     pub(super) prefetch: usize,
+    chat_template: Option<String>,
+}
+
+/// Rows of a source: a window into its endless text, or whole sequences packed together.
+#[derive(Debug)]
+pub(super) enum Supply {
+    Text(Stream),
+    /// Documents that are not to be cut.
+    Whole(Stream, WholeRows),
+    Sequences(Bins),
 }
 
 /// Which part of a source a document belongs to.
@@ -61,18 +73,27 @@ impl Dataset {
         let tokenizer = Arc::new(Preparation { config, recipe_folder, sources: &sources, held_out: held_out.as_ref() }.tokenizer(notes)?);
         let mut train = Vec::new();
         let mut validation = Vec::new();
-        for source in &sources {
-            let [first, second] = shards(config, source, &config.validation, &tokenizer, notes)?;
-            if first.documents() == 0 {
-                return Err(Error::input(&source.name, "there are no documents to train on: the source is empty")
-                    .fix("point the recipe at a source with text in it"));
+        let conversations = conversations(config, &sources, &tokenizer, notes)?;
+        for (source, conversations) in sources.iter().zip(conversations) {
+            if let Some([first, second]) = conversations {
+                train.push(Part::new(source, first));
+                validation.push(Part::new(source, second));
+                continue;
             }
-            train.push(Part { name: source.name.clone(), share: source.weight.unwrap_or(first.tokens() as f64), shard: Arc::new(first) });
-            validation.push(Part { name: source.name.clone(), share: second.tokens() as f64, shard: Arc::new(second) });
+            let [first, second] = shards(config, source, &config.validation, &tokenizer, notes)?;
+            train.push(Part::new(source, first));
+            validation.push(Part::new(source, second));
+        }
+        if let Some(empty) = train.iter().find(|part| part.shard.documents() == 0) {
+            return Err(Error::input(&empty.name, "there are no documents to train on: the source is empty")
+                .fix("point the recipe at a source with text in it"));
+        }
+        for (part, source) in train.iter_mut().zip(&sources) {
+            part.share = source.weight.unwrap_or(part.share);
         }
         if let Some(source) = &held_out {
             let [shard, _] = shards(config, source, &Validation::None, &tokenizer, notes)?;
-            validation.push(Part { name: source.name.clone(), share: shard.tokens() as f64, shard: Arc::new(shard) });
+            validation.push(Part::new(source, shard));
         }
         validation.retain(|part| part.shard.documents() > 0);
         if validation.is_empty() && config.validation != Validation::None {
@@ -89,12 +110,38 @@ impl Dataset {
             order: config.order,
             attend_across_documents: config.attend_across_documents,
             prefetch: config.prefetch,
+            chat_template: sources.iter().find_map(|source| source.chat.as_ref()).map(|chat| chat.template().to_owned()),
         })
     }
 
-    /// What packing adds and hides.
+    /// What a model's folder holds for the tokenizer, the chat template that the data went through included.
+    pub fn tokenizer_files(&self) -> Vec<(String, String)> {
+        let template = self.chat_template.clone().map(|text| ("chat_template.jinja".to_owned(), text));
+        self.tokenizer.files().into_iter().chain(template).collect()
+    }
+
+    /// What packing adds to text and hides from it.
     pub fn rules(&self) -> Rules {
         Rules { bos: self.tokenizer.bos(), eos: self.tokenizer.eos(), attend_across_documents: self.attend_across_documents }
+    }
+
+    /// Rows of `context` tokens of `part`, documents as stored.
+    fn stored(&self, part: &Part, context: usize) -> Supply {
+        match part.shard.is_weighted() {
+            false if self.order == Order::Whole => self.whole(part, context),
+            false => Supply::Text(Stream::stored(part.shard.clone(), self.rules())),
+            true => Supply::Sequences(self.bins(part, context, None)),
+        }
+    }
+
+    pub(super) fn whole(&self, part: &Part, context: usize) -> Supply {
+        let stream = Stream::stored(part.shard.clone(), self.rules());
+        let rows = WholeRows::new(&stream, context);
+        Supply::Whole(stream, rows)
+    }
+
+    pub(super) fn bins(&self, part: &Part, context: usize, shuffle: Option<(u64, usize)>) -> Bins {
+        Bins::new(part.shard.clone(), context, self.attend_across_documents, shuffle)
     }
 
     /// Identifies tokens, tokenizer and order: a [`super::loader::Cursor`] of another dataset does not fit.
@@ -107,39 +154,55 @@ impl Dataset {
     /// The held-out documents in batches of `rows` rows of `context` tokens, the same every time. With more than `most_rows` rows,
     /// evenly spaced ones are taken. Padding fills the last row of each source and the last batch, with weight 0.
     pub fn validation_batches(&self, rows: usize, context: usize, most_rows: Option<usize>) -> Vec<Arc<Batch>> {
-        let mut streams: Vec<Stream> = self.validation.iter().map(|part| Stream::stored(part.shard.clone(), self.rules())).collect();
-        let bins: Vec<Bins> = match self.order {
-            Order::Whole => streams.iter().map(|stream| Bins::new(stream, context)).collect(),
-            Order::Packed | Order::Crops => vec![],
+        let mut supplies: Vec<Supply> = self.validation.iter().map(|part| self.stored(part, context)).collect();
+        let rows_of = |supply: &Supply| match supply {
+            Supply::Text(stream) => stream.pairs().div_ceil(context as u64),
+            Supply::Whole(_, rows) => rows.rows() as u64,
+            Supply::Sequences(bins) => bins.rows(),
         };
-        let rows_of = |at: usize, stream: &Stream| bins.get(at).map_or(stream.pairs().div_ceil(context as u64), |bins| bins.rows() as u64);
         let all: Vec<(usize, u64)> =
-            streams.iter().enumerate().flat_map(|(at, stream)| (0..rows_of(at, stream)).map(move |row| (at, row))).collect();
+            supplies.iter().enumerate().flat_map(|(at, supply)| (0..rows_of(supply)).map(move |row| (at, row))).collect();
         let wanted = most_rows.unwrap_or(all.len()).min(all.len());
         let chosen: Vec<(usize, u64)> = (0..wanted).map(|at| all[(2 * at + 1) * all.len() / (2 * wanted)]).collect();
         let batches = chosen.chunks(rows).map(|chunk| {
             let mut batch = Batch::padding(rows, context);
-            for (row, &(stream, number)) in chunk.iter().enumerate() {
-                match bins.get(stream) {
-                    Some(bins) => streams[stream].fill_parts(bins.row(number), &mut batch, row),
-                    None => streams[stream].fill_once(number * context as u64, &mut batch, row),
+            for (row, &(source, number)) in chunk.iter().enumerate() {
+                match &mut supplies[source] {
+                    Supply::Text(stream) => stream.fill_once(number * context as u64, &mut batch, row),
+                    Supply::Whole(stream, rows) => stream.fill_parts(rows.row(number), &mut batch, row),
+                    Supply::Sequences(bins) => bins.fill(number, &mut batch, row),
                 }
-                batch.sources[row] = stream as u32;
+                batch.sources[row] = source as u32;
             }
             Arc::new(batch)
         });
         batches.collect()
     }
 
-    /// At most `most` held-out documents, evenly spaced over all of them, each with BOS in front where the tokenizer has one.
+    /// The held-out conversations: tokens, and how much each counts as a target.
+    pub fn held_out_sequences(&self) -> Vec<(Vec<u32>, Vec<f32>)> {
+        let weighted = self.validation.iter().filter(|part| part.shard.is_weighted());
+        weighted.flat_map(|part| (0..part.shard.documents()).map(|at| (part.shard.document(at), part.shard.document_weights(at)))).collect()
+    }
+
+    /// At most `most` held-out documents, evenly spaced over all of them, each with BOS in front where the tokenizer has one and the
+    /// document is no whole sequence already.
     pub fn held_out_documents(&self, most: usize) -> Vec<Vec<u32>> {
         let all: Vec<(&Part, u64)> = self.validation.iter().flat_map(|part| (0..part.shard.documents()).map(move |d| (part, d))).collect();
         let wanted = most.min(all.len());
         let document = |at: usize| {
             let (part, document) = all[(2 * at + 1) * all.len() / (2 * wanted)];
-            self.tokenizer.bos().into_iter().chain(part.shard.document(document)).collect()
+            let bos = self.tokenizer.bos().filter(|_| !part.shard.is_weighted());
+            bos.into_iter().chain(part.shard.document(document)).collect()
         };
         (0..wanted).map(document).collect()
+    }
+}
+
+impl Part {
+    /// With a share by size; [`normalize`] makes it one of the whole.
+    fn new(source: &Named, shard: Shard) -> Self {
+        Self { name: source.name.clone(), share: shard.tokens() as f64, shard: Arc::new(shard) }
     }
 }
 
@@ -283,29 +346,98 @@ fn split_after(text: &str, characters: u64) -> (&str, &str) {
     text.split_at(at)
 }
 
-/// The training and the validation shard of one source: reused when content, split and tokenizer are those they were made from.
-fn shards(config: &Config, source: &Named, validation: &Validation, tokenizer: &Tokenizer, notes: &mut Notes<'_>) -> Result<[Shard; 2]> {
-    let content = source.source.fingerprint()?;
-    let print = |split: Split| xxh3_64(format!("{content:016x} {validation:?} {split:?}").as_bytes());
-    let place = |split: Split| -> PathBuf {
-        let key = xxh3_64(format!("{:016x} {}", print(split), tokenizer.fingerprint()).as_bytes());
+/// Where the two shards of a source lie, and what they must have been made from.
+struct Places<'a> {
+    config: &'a Config,
+    name: &'a str,
+    tokenizer: &'a Tokenizer,
+    validation: &'a Validation,
+    content: u64,
+}
+
+impl<'a> Places<'a> {
+    fn new(config: &'a Config, source: &'a Named, validation: &'a Validation, tokenizer: &'a Tokenizer) -> Result<Self> {
+        Ok(Self { config, name: &source.name, tokenizer, validation, content: source.source.fingerprint()? })
+    }
+
+    fn print(&self, split: Split) -> u64 {
+        xxh3_64(format!("{:016x} {:?} {split:?}", self.content, self.validation).as_bytes())
+    }
+
+    fn path(&self, split: Split) -> PathBuf {
+        let key = xxh3_64(format!("{:016x} {}", self.print(split), self.tokenizer.fingerprint()).as_bytes());
         let part = if split == Split::Train { "train" } else { "validation" };
-        config.cache.join(format!("{}-{part}-{key:016x}.tokens", source.name))
+        self.config.cache.join(format!("{}-{part}-{key:016x}.tokens", self.name))
+    }
+
+    fn reuse(&self, split: Split) -> Option<Shard> {
+        let shard = Shard::open(&self.path(split)).ok()?;
+        (shard.header().source == self.print(split) && shard.header().tokenizer == self.tokenizer.fingerprint_bits()).then_some(shard)
+    }
+
+    /// Both shards, where content, split and tokenizer are those they were made from.
+    fn reuse_both(&self) -> Option<[Shard; 2]> {
+        Some([self.reuse(Split::Train)?, self.reuse(Split::Validation)?])
+    }
+
+    fn writer(&self, split: Split) -> Result<Writer> {
+        Writer::create(&self.path(split), self.tokenizer.vocabulary(), self.tokenizer.fingerprint_bits(), self.print(split))
+    }
+}
+
+/// The shards of the sources that hold conversations, nothing for the others. All are read before the first shard is written: a mistake
+/// in one leaves nothing behind.
+fn conversations(config: &Config, sources: &[Named], tokenizer: &Tokenizer, notes: &mut Notes<'_>) -> Result<Vec<Option<[Shard; 2]>>> {
+    let mut read = Vec::new();
+    for source in sources {
+        let Some(chat) = &source.chat else {
+            read.push(None);
+            continue;
+        };
+        let places = Places::new(config, source, &config.validation, tokenizer)?;
+        let kept = places.reuse_both();
+        let documents = match kept {
+            Some(_) => Vec::new(),
+            None => {
+                notes(&format!("rendering and tokenizing {}", source.name));
+                chat.documents(tokenizer)?
+            }
+        };
+        read.push(Some((places, kept, documents)));
+    }
+    let write = |entry: Option<(Places<'_>, Option<[Shard; 2]>, Vec<Document>)>| {
+        let Some((places, kept, documents)) = entry else { return Ok(None) };
+        kept.map_or_else(|| write_conversations(&places, &documents), Ok).map(Some)
     };
-    let reuse = |split: Split| {
-        let shard = Shard::open(&place(split)).ok()?;
-        (shard.header().source == print(split) && shard.header().tokenizer == tokenizer.fingerprint_bits()).then_some(shard)
+    read.into_iter().map(write).collect()
+}
+
+fn write_conversations(places: &Places<'_>, documents: &[Document]) -> Result<[Shard; 2]> {
+    let mut writers = [places.writer(Split::Train)?.with_weights(), places.writer(Split::Validation)?.with_weights()];
+    let held_back = |at: usize| match *places.validation {
+        Validation::None | Validation::Path(_) => false,
+        Validation::Every(every) => (at as u64 + 1).is_multiple_of(every),
+        Validation::Tail(tail) => at >= (documents.len() as f64 * (1.0 - tail)) as usize,
     };
-    if let (Some(train), Some(validation)) = (reuse(Split::Train), reuse(Split::Validation)) {
-        return Ok([train, validation]);
+    for (at, document) in documents.iter().enumerate() {
+        writers[usize::from(held_back(at))].weighted_document(&document.tokens, &document.weights, document.text_bytes as u64)?;
+    }
+    let [train, validation] = writers;
+    Ok([train.finish()?, validation.finish()?])
+}
+
+/// The training and the validation shard of one source of text: reused when content, split and tokenizer are those they were made from.
+fn shards(config: &Config, source: &Named, validation: &Validation, tokenizer: &Tokenizer, notes: &mut Notes<'_>) -> Result<[Shard; 2]> {
+    let places = Places::new(config, source, validation, tokenizer)?;
+    if let Some(kept) = places.reuse_both() {
+        return Ok(kept);
     }
     notes(&format!("tokenizing {}", source.name));
-    let writer = |split: Split| Writer::create(&place(split), tokenizer.vocabulary(), tokenizer.fingerprint_bits(), print(split));
     let mut encoder = Encoder {
         tokenizer,
         name: &source.name,
-        train: writer(Split::Train)?,
-        validation: writer(Split::Validation)?,
+        train: places.writer(Split::Train)?,
+        validation: places.writer(Split::Validation)?,
         waiting: Vec::new(),
         bytes: 0,
         number: 0,

@@ -3,12 +3,11 @@
 //!
 //! Row g comes from the source that the mixture deals to it, as the k-th row of that source: `context` consecutive pairs, rows shuffled
 //! within a pass ([`Order::Packed`]), documents that together fit ([`Order::Whole`]), or `context` pairs from a random place
-//! ([`Order::Crops`]). With R ranks of B rows, micro-batch m of
+//! ([`Order::Crops`]); conversations come whole, several to a row ([`super::bins`]). With R ranks of B rows, micro-batch m of
 //! rank r holds rows (m R + r) B to (m R + r + 1) B - 1, counted from the cursor.
 
-use super::bins::Bins;
 use super::config::Order;
-use super::dataset::Dataset;
+use super::dataset::{Dataset, Supply};
 use super::mix::Mixture;
 use super::pack::{Batch, Stream};
 use super::random::Random;
@@ -23,10 +22,8 @@ use std::time::{Duration, Instant};
 #[derive(Debug)]
 pub struct Rows {
     mixture: Mixture,
-    streams: Vec<Stream>,
+    supplies: Vec<Supply>,
     windows: Vec<Window>,
-    /// Of each source, where documents stay whole.
-    bins: Vec<Bins>,
     order: Order,
     seed: u64,
     context: usize,
@@ -35,31 +32,27 @@ pub struct Rows {
 impl Rows {
     /// Rows of `context` tokens of `dataset` in the order of `seed`.
     pub fn new(dataset: &Dataset, context: usize, seed: u64) -> Result<Self> {
-        let stream = |(at, part): (usize, &super::dataset::Part)| match dataset.order {
-            Order::Packed => Stream::shuffled(part.shard.clone(), dataset.rules(), seed, at),
-            Order::Whole | Order::Crops => Stream::stored(part.shard.clone(), dataset.rules()),
-        };
-        let streams: Vec<Stream> = dataset.train.iter().enumerate().map(stream).collect();
         if context == 0 || context > u32::MAX as usize {
             return Err(Error::input("model.context", format!("a context of {context} tokens cannot be filled")));
         }
-        for (stream, part) in streams.iter().zip(&dataset.train) {
-            if stream.pairs() < context as u64 {
-                return Err(Error::input(
-                    &part.name,
-                    format!("the whole source has {} tokens to predict, fewer than one row of {context}", stream.pairs()),
-                )
-                .fix("give more text or a shorter model.context"));
-            }
-        }
-        let bins: Vec<Bins> = match dataset.order {
-            Order::Whole => streams.iter().map(|stream| Bins::new(stream, context)).collect(),
-            Order::Packed | Order::Crops => vec![],
+        let supply = |(at, part): (usize, &super::dataset::Part)| match dataset.order {
+            _ if part.shard.is_weighted() => Supply::Sequences(dataset.bins(part, context, Some((seed, at)))),
+            Order::Whole => dataset.whole(part, context),
+            Order::Packed => Supply::Text(Stream::shuffled(part.shard.clone(), dataset.rules(), seed, at)),
+            Order::Crops => Supply::Text(Stream::stored(part.shard.clone(), dataset.rules())),
         };
-        let rows = |(at, stream): (usize, &Stream)| bins.get(at).map_or(stream.pairs() / context as u64, |bins| bins.rows() as u64);
-        let windows = streams.iter().enumerate().map(|(at, stream)| Window::new(seed, at, rows((at, stream)))).collect();
+        let supplies: Vec<Supply> = dataset.train.iter().enumerate().map(supply).collect();
+        for (supply, part) in supplies.iter().zip(&dataset.train) {
+            check_supply(supply, &part.name, context)?;
+        }
+        let rows_of_a_pass = |supply: &Supply| match supply {
+            Supply::Text(stream) => stream.pairs() / context as u64,
+            Supply::Whole(_, rows) => rows.rows() as u64,
+            Supply::Sequences(bins) => bins.rows(),
+        };
+        let windows = supplies.iter().enumerate().map(|(at, supply)| Window::new(seed, at, rows_of_a_pass(supply))).collect();
         let shares: Vec<f64> = dataset.train.iter().map(|part| part.share).collect();
-        Ok(Self { mixture: Mixture::new(seed, &shares)?, streams, windows, bins, order: dataset.order, seed, context })
+        Ok(Self { mixture: Mixture::new(seed, &shares)?, supplies, windows, order: dataset.order, seed, context })
     }
 
     /// The index of the source that row `row` comes from.
@@ -72,18 +65,35 @@ impl Rows {
         let mut batch = Batch::padding(rows, self.context);
         for row in 0..rows {
             let (source, index) = self.mixture.locate(first + row as u64);
-            let stream = &mut self.streams[source];
-            match self.order {
-                Order::Packed => stream.fill(self.windows[source].row(index) * self.context as u64, &mut batch, row),
-                Order::Whole => stream.fill_parts(self.bins[source].row(self.windows[source].row(index)), &mut batch, row),
-                Order::Crops => {
+            match (&mut self.supplies[source], self.order) {
+                (Supply::Sequences(bins), _) => bins.fill(index, &mut batch, row),
+                (Supply::Whole(stream, rows), _) => stream.fill_parts(rows.row(self.windows[source].row(index)), &mut batch, row),
+                (Supply::Text(stream), Order::Crops) => {
                     let places = stream.pairs() - self.context as u64 + 1;
                     stream.fill(Random::new(self.seed, &format!("crops {source}"), index).below(places), &mut batch, row);
+                }
+                (Supply::Text(stream), Order::Packed | Order::Whole) => {
+                    stream.fill(self.windows[source].row(index) * self.context as u64, &mut batch, row);
                 }
             }
             batch.sources[row] = source as u32;
         }
         batch
+    }
+}
+
+/// Refuses a source that cannot fill one row.
+fn check_supply(supply: &Supply, name: &str, context: usize) -> Result<()> {
+    match supply {
+        Supply::Text(stream) | Supply::Whole(stream, _) if stream.pairs() < context as u64 => {
+            let cause = format!("the whole source has {} tokens to predict, fewer than one row of {context}", stream.pairs());
+            Err(Error::input(name, cause).fix("give more text or a shorter model.context"))
+        }
+        Supply::Sequences(bins) if bins.rows() == 0 => {
+            let cause = format!("no conversation has a trained token among its first {context}: the mask is empty");
+            Err(Error::input(name, cause).fix("give a longer model.context or shorter conversations"))
+        }
+        Supply::Text(_) | Supply::Whole(..) | Supply::Sequences(_) => Ok(()),
     }
 }
 

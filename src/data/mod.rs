@@ -6,6 +6,8 @@
 
 pub mod bins;
 pub mod builtin;
+pub mod chat;
+pub mod chat_report;
 pub mod config;
 pub mod dataset;
 pub mod loader;
@@ -16,6 +18,7 @@ pub mod report;
 pub mod shard;
 pub mod source;
 pub mod tokenizer;
+mod whole;
 
 #[cfg(test)]
 pub(crate) mod testing;

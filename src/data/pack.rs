@@ -17,9 +17,9 @@ pub struct Batch {
     pub rows: usize,
     pub context: usize,
     pub inputs: Vec<u32>,
-    /// What follows each input; 0 where the weight is 0.
+    /// What follows each input; 0 in padding.
     pub targets: Vec<u32>,
-    /// 1 where the target is trained, 0 in the padding at the end of validation.
+    /// How much each target counts: 1 in text, 0 in padding and where a conversation's mask says so.
     pub weights: Vec<f32>,
     /// For each token, the index in its row of the first token it may attend to.
     pub document_starts: Vec<u32>,

@@ -1,7 +1,8 @@
 //! Token shards: the tokens of one source's documents in one memory-mapped file, built once and reused.
 //!
 //! Layout, little-endian: a header of 96 bytes; the tokens (`u16`, or `u32` for vocabularies above 65,536); per document the
-//! number of tokens up to and including it (`u64`). Documents are stored without BOS and EOS, which packing adds.
+//! number of tokens up to and including it (`u64`); where tokens have weights, one `f32` for each. Documents without weights are text,
+//! stored without BOS and EOS, which packing adds; documents with weights are whole sequences, to which nothing is added.
 //!
 //! | bytes | field |
 //! | --- | --- |
@@ -16,7 +17,7 @@
 //! | 56..64 | fingerprint of the tokenizer |
 //! | 64..72 | fingerprint of the source and of the part of it that is here |
 //! | 72..80 | XXH3 of everything after the header |
-//! | 80..88 | zero |
+//! | 80..88 | bytes per weight (4, or 0 where tokens have none) |
 //! | 88..96 | XXH3 of bytes 0..88 |
 
 use crate::error::{Error, Result};
@@ -31,6 +32,7 @@ const MAGIC: [u8; 8] = *b"OSPRTOKS";
 const VERSION: u32 = 1;
 const HEADER_BYTES: usize = 96;
 const END_BYTES: usize = 8;
+const WEIGHT_BYTES: usize = 4;
 
 /// What a shard says about itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,6 +46,7 @@ pub struct Header {
     pub tokenizer: u64,
     pub source: u64,
     payload: u64,
+    weight_bytes: u64,
 }
 
 impl Header {
@@ -61,8 +64,9 @@ impl Header {
             self.tokenizer,
             self.source,
             self.payload,
+            self.weight_bytes,
         ];
-        for (slot, field) in bytes[16..80].chunks_exact_mut(8).zip(fields) {
+        for (slot, field) in bytes[16..88].chunks_exact_mut(8).zip(fields) {
             slot.copy_from_slice(&field.to_le_bytes());
         }
         let own = xxh3_64(&bytes[..88]);
@@ -95,12 +99,13 @@ impl Header {
             tokenizer: long(56),
             source: long(64),
             payload: long(72),
+            weight_bytes: long(80),
         })
     }
 
     /// Bytes the whole file must have, where that is a number at all.
     fn file_bytes(&self) -> Option<u64> {
-        let tokens = self.tokens.checked_mul(u64::from(self.token_bytes))?;
+        let tokens = self.tokens.checked_mul(u64::from(self.token_bytes).checked_add(self.weight_bytes)?)?;
         self.documents.checked_mul(END_BYTES as u64)?.checked_add(tokens)?.checked_add(HEADER_BYTES as u64)
     }
 }
@@ -146,6 +151,11 @@ impl Shard {
         self.header.tokens
     }
 
+    /// Whether documents are whole sequences whose tokens have weights.
+    pub fn is_weighted(&self) -> bool {
+        self.header.weight_bytes != 0
+    }
+
     /// Number of documents.
     pub fn documents(&self) -> u64 {
         self.header.documents
@@ -168,6 +178,22 @@ impl Shard {
         decode_tokens(bytes, width, |token| out.push(token));
     }
 
+    /// The weights of tokens `from..to` as targets, appended to `out`: 1 each where tokens have none of their own.
+    pub fn read_weights(&self, from: u64, to: u64, out: &mut Vec<f32>) {
+        if !self.is_weighted() {
+            return out.extend((from..to).map(|_| 1.0));
+        }
+        let first = weights_start(&self.header);
+        out.extend(decode_weights(&self.map[first + from as usize * WEIGHT_BYTES..first + to as usize * WEIGHT_BYTES]));
+    }
+
+    /// The weights of the tokens of one document.
+    pub fn document_weights(&self, document: u64) -> Vec<f32> {
+        let mut weights = Vec::new();
+        self.read_weights(self.end_before(document), self.end_before(document + 1), &mut weights);
+        weights
+    }
+
     /// The tokens of one document.
     pub fn document(&self, document: u64) -> Vec<u32> {
         let mut tokens = Vec::new();
@@ -184,6 +210,15 @@ fn decode_tokens(bytes: &[u8], width: usize, mut give: impl FnMut(u32)) {
     }
 }
 
+/// Where the weights begin.
+fn weights_start(header: &Header) -> usize {
+    HEADER_BYTES + header.tokens as usize * header.token_bytes as usize + header.documents as usize * END_BYTES
+}
+
+fn decode_weights(bytes: &[u8]) -> impl Iterator<Item = f32> + '_ {
+    bytes.chunks_exact(WEIGHT_BYTES).map(|four| f32::from_le_bytes([four[0], four[1], four[2], four[3]]))
+}
+
 fn document_end(bytes: &[u8], header: &Header, document: u64) -> u64 {
     let at = HEADER_BYTES + header.tokens as usize * header.token_bytes as usize + document as usize * END_BYTES;
     u64::from_le_bytes(bytes[at..at + END_BYTES].try_into().expect("8 bytes"))
@@ -194,6 +229,9 @@ fn check(bytes: &[u8]) -> Result<Header, String> {
     let header = Header::decode(bytes)?;
     if !matches!(header.token_bytes, 2 | 4) {
         return Err(format!("{} bytes per token, 2 or 4 are known", header.token_bytes));
+    }
+    if !matches!(header.weight_bytes, 0 | 4) {
+        return Err(format!("{} bytes per weight, 0 or 4 are known", header.weight_bytes));
     }
     if header.file_bytes() != Some(bytes.len() as u64) {
         return Err(format!("damaged: {} bytes do not hold {} tokens and {} documents", bytes.len(), header.tokens, header.documents));
@@ -218,6 +256,9 @@ fn check(bytes: &[u8]) -> Result<Header, String> {
     if header.tokens > 0 && u64::from(largest) >= header.vocabulary {
         return Err(format!("token {largest} is outside the vocabulary of {}", header.vocabulary));
     }
+    if header.weight_bytes != 0 && decode_weights(&bytes[weights_start(&header)..]).any(|weight| !weight.is_finite() || weight < 0.0) {
+        return Err("damaged: a weight is not a number from 0 on".into());
+    }
     Ok(header)
 }
 
@@ -230,6 +271,7 @@ pub struct Writer {
     header: Header,
     hash: Xxh3Debug,
     ends: Vec<u64>,
+    weights: Vec<f32>,
 }
 
 /// `Xxh3` prints its whole state; this prints its name.
@@ -263,8 +305,31 @@ impl Writer {
             tokenizer,
             source,
             payload: 0,
+            weight_bytes: 0,
         };
-        Ok(Self { path: path.to_path_buf(), aside, file: Some(file), header, hash: Xxh3Debug(Xxh3::new()), ends: Vec::new() })
+        Ok(Self {
+            path: path.to_path_buf(),
+            aside,
+            file: Some(file),
+            header,
+            hash: Xxh3Debug(Xxh3::new()),
+            ends: Vec::new(),
+            weights: Vec::new(),
+        })
+    }
+
+    /// Makes it a shard of whole sequences with weights; every document is then added by [`Writer::weighted_document`].
+    #[must_use]
+    pub fn with_weights(mut self) -> Self {
+        self.header.weight_bytes = WEIGHT_BYTES as u64;
+        self
+    }
+
+    /// Adds a whole sequence with the weight of each token as a target.
+    pub fn weighted_document(&mut self, tokens: &[u32], weights: &[f32], text_bytes: u64) -> Result<()> {
+        assert!(tokens.len() == weights.len() && self.header.weight_bytes != 0, "one weight for each token of a weighted shard");
+        self.weights.extend_from_slice(weights);
+        self.document(tokens, text_bytes)
     }
 
     /// Adds a document of `text_bytes` bytes; one without tokens is counted and left out.
@@ -296,6 +361,8 @@ impl Writer {
     pub fn finish(mut self) -> Result<Shard> {
         let ends: Vec<u8> = self.ends.iter().flat_map(|end| end.to_le_bytes()).collect();
         self.write(&ends)?;
+        let weights: Vec<u8> = std::mem::take(&mut self.weights).into_iter().flat_map(f32::to_le_bytes).collect();
+        self.write(&weights)?;
         self.header.documents = self.ends.len() as u64;
         self.header.payload = self.hash.0.digest();
         let aside = self.aside.clone();
@@ -342,6 +409,26 @@ mod tests {
             assert_eq!(shard.header().token_bytes, if vocabulary == 300 { 2 } else { 4 });
         }
         assert_eq!(std::fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn weights_come_back() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.tokens");
+        let mut writer = Writer::create(&path, 300, 11, 22).unwrap().with_weights();
+        writer.weighted_document(&[1, 2, 3], &[0.0, 1.0, 0.5], 3).unwrap();
+        writer.weighted_document(&[4], &[2.0], 1).unwrap();
+        let shard = writer.finish().unwrap();
+        assert!(shard.is_weighted());
+        assert_eq!(
+            (shard.document(0), shard.document_weights(0), shard.document_weights(1)),
+            (vec![1, 2, 3], vec![0.0, 1.0, 0.5], vec![2.0])
+        );
+        let plain = build(&path, 300, &[vec![1, 2]]);
+        assert_eq!((plain.is_weighted(), plain.document_weights(0)), (false, vec![1.0, 1.0]));
+        let mut writer = Writer::create(&path, 300, 11, 22).unwrap().with_weights();
+        writer.weighted_document(&[1], &[f32::NAN], 3).unwrap();
+        assert!(writer.finish().unwrap_err().to_string().contains("a weight is not a number"));
     }
 
     #[test]

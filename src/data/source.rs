@@ -178,7 +178,7 @@ fn first_line(path: &Path) -> Option<String> {
 }
 
 /// UTF-8 without a byte order mark.
-fn decode<'a>(path: &Path, bytes: &'a [u8]) -> Result<&'a str> {
+pub(super) fn decode<'a>(path: &Path, bytes: &'a [u8]) -> Result<&'a str> {
     let text = std::str::from_utf8(bytes).map_err(|error| {
         let offset = error.valid_up_to();
         let line = bytes[..offset].iter().filter(|&&byte| byte == b'\n').count() + 1;
@@ -188,7 +188,7 @@ fn decode<'a>(path: &Path, bytes: &'a [u8]) -> Result<&'a str> {
     Ok(text.strip_prefix('\u{FEFF}').unwrap_or(text))
 }
 
-fn with_bytes<T>(path: &Path, use_bytes: impl FnOnce(&[u8]) -> Result<T>) -> Result<T> {
+pub(super) fn with_bytes<T>(path: &Path, use_bytes: impl FnOnce(&[u8]) -> Result<T>) -> Result<T> {
     let file = File::open(path).map_err(Error::io("open", path))?;
     if file.metadata().map_err(Error::io("read", path))?.len() == 0 {
         return use_bytes(&[]);

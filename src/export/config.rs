@@ -9,7 +9,7 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
-use crate::model::{Activation, LinearKind, Norm, Spec};
+use crate::model::{Activation, LinearKind, Norm, RopeScaling, Spec};
 
 /// Ids that generation needs, where the tokenizer has them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -32,6 +32,9 @@ pub fn transformers_class(spec: &Spec) -> Result<&'static str> {
     let refuse = |cause: &str, fix: &str| Err(Error::input("transformers", cause).fix(fix));
     if spec.embedding_projection || spec.norm == Norm::SingleScale || spec.linear == LinearKind::Ternary {
         return refuse("no class has EmbProj, SSNorm or ternary arithmetic", "export the checkpoint, which folds them");
+    }
+    if matches!(spec.rope_scaling, Some(RopeScaling::Divisors(_))) {
+        return refuse("its configurations name rotary scaling by rule, this model lists divisors", "export as GGUF, which lists them too");
     }
     if !spec.sub_norm {
         return Ok(if spec.qk_norm { "Qwen3ForCausalLM" } else { "LlamaForCausalLM" });
@@ -67,7 +70,7 @@ pub fn config_json(spec: &Spec, ids: SpecialIds) -> Value {
         "max_position_embeddings": spec.context,
         "rms_norm_eps": spec.norm_eps,
         "rope_theta": spec.rope_theta,
-        "rope_parameters": { "rope_theta": spec.rope_theta, "rope_type": "default" },
+        "rope_parameters": rope_parameters(spec),
         "tie_word_embeddings": spec.tied,
         "hidden_act": match spec.activation { Activation::SwiGlu => "silu", Activation::Relu2Glu => "relu2" },
         "attention_bias": false,
@@ -78,8 +81,26 @@ pub fn config_json(spec: &Spec, ids: SpecialIds) -> Value {
         "eos_token_id": ids.eos,
         "torch_dtype": "float32",
     });
+    if let Some(RopeScaling::Llama3 { .. }) = spec.rope_scaling {
+        // Where transformers 4 looks for it.
+        config["rope_scaling"] = config["rope_parameters"].clone();
+    }
     config["osprey"] = json!({ "spec": spec });
     config
+}
+
+fn rope_parameters(spec: &Spec) -> Value {
+    match &spec.rope_scaling {
+        Some(RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context }) => json!({
+            "rope_theta": spec.rope_theta,
+            "rope_type": "llama3",
+            "factor": factor,
+            "low_freq_factor": low_freq_factor,
+            "high_freq_factor": high_freq_factor,
+            "original_max_position_embeddings": original_context,
+        }),
+        _ => json!({ "rope_theta": spec.rope_theta, "rope_type": "default" }),
+    }
 }
 
 /// Reads `config.json` text; `path` is only named in errors.
@@ -138,6 +159,9 @@ pub fn check_spec(spec: &Spec, place: &str) -> Result<()> {
     let in_range = |value: f64, least: f64| value.is_finite() && value >= least;
     if !in_range(spec.norm_eps, 0.0) || !in_range(spec.rope_theta, f64::MIN_POSITIVE) {
         return refuse(format!("rms_norm_eps {} or rope_theta {} is out of range", spec.norm_eps, spec.rope_theta));
+    }
+    if let Some(fault) = spec.rope_scaling.as_ref().and_then(|scaling| scaling.fault(spec.head_dim)) {
+        return refuse(fault);
     }
     if spec.tied && spec.embedding_projection {
         return Err(Error::input(place, "EmbProj cannot be folded into a tied head").fix("untie the head (model.tied = false)"));
@@ -205,6 +229,7 @@ impl Config<'_> {
             qk_norm: model_type == "qwen3",
             tied: self.flag("tie_word_embeddings")?.unwrap_or(false),
             rope_theta: self.rope_theta(model_type)?,
+            rope_scaling: self.rope_scaling()?,
         })
     }
 
@@ -233,15 +258,40 @@ impl Config<'_> {
         {
             return self.unsupported(format!("partial_rotary_factor is {factor}, only 1 is supported"));
         }
+        Ok(())
+    }
+
+    /// `rope_parameters` (transformers 5) or `rope_scaling`.
+    fn rope_scaling(&self) -> Result<Option<RopeScaling>> {
+        let mut found = None;
         for key in ["rope_scaling", "rope_parameters"] {
-            let kind = self.map.get(key).and_then(|rope| rope.get("rope_type").or_else(|| rope.get("type")));
-            if let Some(kind) = kind
-                && kind.as_str() != Some("default")
-            {
-                return self.unsupported(format!("{key} is of the type {kind}, only unscaled rotary positions are supported"));
+            let Some(rope) = self.present(key) else { continue };
+            match rope.get("rope_type").or_else(|| rope.get("type")).map(|kind| (kind, kind.as_str())) {
+                None | Some((_, Some("default"))) => {}
+                Some((_, Some("llama3"))) => found = Some(self.llama3(key, rope)?),
+                Some((kind, _)) => {
+                    return self.unsupported(format!("{key} is of the type {kind}; default and llama3 are supported"));
+                }
             }
         }
-        Ok(())
+        Ok(found)
+    }
+
+    fn llama3(&self, key: &str, rope: &Value) -> Result<RopeScaling> {
+        let number = |name: &str| match rope.get(name).and_then(Value::as_f64) {
+            Some(value) => Ok(value),
+            None => self.refuse(format!("{key}.{name} is missing or no number")),
+        };
+        let original = rope.get("original_max_position_embeddings").and_then(Value::as_u64).and_then(|size| usize::try_from(size).ok());
+        Ok(RopeScaling::Llama3 {
+            factor: number("factor")?,
+            low_freq_factor: number("low_freq_factor")?,
+            high_freq_factor: number("high_freq_factor")?,
+            original_context: match original {
+                Some(size) => size,
+                None => return self.refuse(format!("{key}.original_max_position_embeddings is missing or no size")),
+            },
+        })
     }
 
     fn linear(&self, model_type: &str) -> Result<LinearKind> {
@@ -367,7 +417,8 @@ mod tests {
         let cases = [
             ("architectures", json!(["GPT2LMHeadModel"]), "GPT2LMHeadModel"),
             ("attention_bias", json!(true), "attention_bias"),
-            ("rope_scaling", json!({ "rope_type": "llama3", "factor": 8.0 }), "llama3"),
+            ("rope_scaling", json!({ "rope_type": "yarn", "factor": 8.0 }), "yarn"),
+            ("rope_scaling", json!({ "rope_type": "llama3", "factor": 8.0 }), "rope_scaling.low_freq_factor"),
             ("hidden_act", json!("gelu"), "gelu"),
             ("hidden_size", json!("wide"), "hidden_size"),
             ("hidden_size", json!(65), "no multiple"),
@@ -387,6 +438,27 @@ mod tests {
         }
         assert!(read_config("{", Path::new("c")).is_err());
         assert!(read_config("[]", Path::new("c")).is_err());
+    }
+
+    #[test]
+    fn rotary_scaling_is_read_where_either_version_puts_it() {
+        let rope = json!({
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+        });
+        let expected = RopeScaling::Llama3 { factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original_context: 64 };
+        for key in ["rope_scaling", "rope_parameters"] {
+            let mut config = llama();
+            config[key] = rope.clone();
+            let (spec, ids) = read(&config).unwrap();
+            assert_eq!(spec.rope_scaling, Some(expected.clone()));
+            let mut written = config_json(&spec, ids);
+            written.as_object_mut().unwrap().remove("osprey");
+            assert_eq!(read(&written).unwrap().0, spec);
+        }
+        let mut config = llama();
+        config["rope_scaling"] = rope;
+        config["rope_scaling"]["factor"] = json!(0.0);
+        assert!(read(&config).unwrap_err().to_string().contains("impossible rotary scaling"));
     }
 
     #[test]

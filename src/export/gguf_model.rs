@@ -14,10 +14,13 @@ use super::ternary::codes;
 use super::{Source, Weights, tokenizer_gguf};
 use crate::error::{Error, Result};
 use crate::model::Spec;
-use crate::quant::ternary_by_id;
+use crate::quant::{self, Format, ternary_by_id};
 
 /// The exact spec, for reading back; other programs ignore it.
 pub(super) const OWN_SPEC: &str = "osprey.spec";
+
+/// Divisors of the rotary frequencies, f32 `[head_dim / 2]`, which llama.cpp's `llama` graph applies.
+pub(super) const ROPE_FREQUENCIES: &str = "rope_freqs.weight";
 
 /// Writes the file and checks it before it gets its name. Returns each tensor's record and the tokenizer's notes.
 pub(super) fn write(source: &Source, folded: &Weights, plan: &Plan, out: &Path) -> Result<(Vec<TensorReport>, Vec<String>)> {
@@ -29,14 +32,24 @@ pub(super) fn write(source: &Source, folded: &Weights, plan: &Plan, out: &Path) 
             vec!["there is no tokenizer inside, so other engines take token ids only".to_owned()]
         }
     };
-    let entries: Vec<_> = plan.tensors.iter().map(entry).collect();
+    let divisors = rope_divisors(&plan.spec);
+    let mut entries: Vec<_> = plan.tensors.iter().map(entry).collect();
+    entries.extend(divisors.as_ref().map(|values| TensorEntry {
+        name: ROPE_FREQUENCIES.to_owned(),
+        shape: vec![values.len()],
+        format: &quant::F32,
+    }));
     let mut reports = Vec::new();
     // Shared by the two closures below: the check runs after the last tensor was filled in.
     let hashes = RefCell::new(Vec::new());
     let fill = |index: usize, bytes: &mut Vec<u8>| {
-        let tensor = &plan.tensors[index];
-        let intended = encode(tensor, folded, source, bytes)?;
-        reports.push(TensorReport::compare(&tensor.parameter, tensor.format, bytes, &intended)?);
+        match plan.tensors.get(index) {
+            Some(tensor) => {
+                let intended = encode(tensor, folded, source, bytes)?;
+                reports.push(TensorReport::compare(&tensor.parameter, tensor.format, bytes, &intended)?);
+            }
+            None => quant::F32.encode_row(divisors.as_deref().unwrap_or_default(), bytes)?,
+        }
         hashes.borrow_mut().push(xxh3_64(bytes));
         Ok(())
     };
@@ -46,6 +59,12 @@ pub(super) fn write(source: &Source, folded: &Weights, plan: &Plan, out: &Path) 
 
 fn entry(tensor: &PlannedTensor) -> TensorEntry {
     TensorEntry { name: tensor.name.clone(), shape: tensor.shape.clone(), format: tensor.format }
+}
+
+fn rope_divisors(spec: &Spec) -> Option<Vec<f32>> {
+    let scaling = spec.rope_scaling.as_ref()?;
+    let plain = Spec { rope_scaling: None, ..spec.clone() }.rotary_frequencies();
+    Some(scaling.divisors(&plain).into_iter().map(|divisor| divisor as f32).collect())
 }
 
 /// Appends the tensor's bytes; returns the values they stand for, in the file's row order: weights, or scale times code.

@@ -6,17 +6,19 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
+use super::adapter::LowRankAdapter;
+use super::config::SpecialIds;
 use super::config::check_spec;
 use super::gguf::{GgufFile, TensorInfo, Value};
-use super::gguf_model::OWN_SPEC;
+use super::gguf_model::{OWN_SPEC, ROPE_FREQUENCIES};
 use super::names::{Architecture, deinterleave, gguf_name, is_block_matrix, rotary_heads};
 use super::parameter::Parameter;
 use super::ternary::TernaryWeights;
-use super::{Weights, safetensors_dir, tokenizer_gguf};
+use super::{Weights, peft, safetensors_dir, tokenizer_gguf};
 use crate::checkpoint;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
-use crate::model::{Activation, LinearKind, Norm, Spec};
+use crate::model::{Activation, LinearKind, Norm, RopeScaling, Spec};
 use crate::quant::ternary_by_id;
 
 /// A model as it lies on disk.
@@ -28,10 +30,14 @@ pub struct Loaded {
     pub tokenizer: Option<Tokenizer>,
     /// What the values of ternary matrices are: master weights in a checkpoint, scale times code in a GGUF file.
     pub ternary: TernaryWeights,
+    /// Applied beside the matrices it names, which stay as they are.
+    pub adapter: Option<LowRankAdapter>,
+    /// Ids that generation needs.
+    pub ids: SpecialIds,
 }
 
 impl Loaded {
-    /// Every parameter as f32 on the CPU.
+    /// Every parameter as f32 on the CPU, without an adapter (see [`Loaded::merged`]).
     ///
     /// # Errors
     /// When memory for the tensors cannot be had.
@@ -59,6 +65,9 @@ pub fn load_any(path: &Path) -> Result<Loaded> {
 }
 
 fn load_directory(folder: &Path) -> Result<Loaded> {
+    if peft::is_adapter(folder) {
+        return peft::load(folder);
+    }
     if !folder.join("config.json").is_file() {
         return Err(Error::file(folder, "has no config.json").fix(what_to_name(folder)));
     }
@@ -68,7 +77,14 @@ fn load_directory(folder: &Path) -> Result<Loaded> {
     let directory = safetensors_dir::read(folder)?;
     let tokenizer = if folder.join("tokenizer.json").is_file() { Some(Tokenizer::load(folder)?) } else { None };
     check_tokenizer(tokenizer.as_ref(), &directory.spec, folder)?;
-    Ok(Loaded { spec: directory.spec, parameters: directory.parameters, tokenizer, ternary: TernaryWeights::Master })
+    Ok(Loaded {
+        spec: directory.spec,
+        parameters: directory.parameters,
+        tokenizer,
+        ternary: TernaryWeights::Master,
+        adapter: None,
+        ids: directory.ids,
+    })
 }
 
 /// Advice on a folder that is no model: a run's folder holds models.
@@ -87,7 +103,7 @@ fn load_gguf(path: &Path) -> Result<Loaded> {
     let names: BTreeMap<String, String> =
         spec.parameters().into_iter().filter_map(|(parameter, _)| Some((gguf_name(&parameter)?, parameter))).collect();
     let mut found = BTreeMap::new();
-    for info in &file.tensors {
+    for info in file.tensors.iter().filter(|info| info.name != ROPE_FREQUENCIES) {
         let name = names.get(&info.name).unwrap_or(&info.name);
         found.insert(name.clone(), keys.parameter(info, name, &spec)?);
     }
@@ -95,7 +111,8 @@ fn load_gguf(path: &Path) -> Result<Loaded> {
     check_linears(&spec, &parameters, path)?;
     let tokenizer = tokenizer_gguf::read(&file.metadata).map_err(|error| at_file(path, error))?;
     check_tokenizer(tokenizer.as_ref(), &spec, path)?;
-    Ok(Loaded { spec, parameters, tokenizer, ternary: TernaryWeights::Deployed })
+    let ids = SpecialIds { bos: tokenizer.as_ref().and_then(Tokenizer::bos), eos: tokenizer.as_ref().and_then(Tokenizer::eos) };
+    Ok(Loaded { spec, parameters, tokenizer, ternary: TernaryWeights::Deployed, adapter: None, ids })
 }
 
 fn architecture(file: &GgufFile) -> Result<Architecture> {
@@ -181,7 +198,17 @@ impl Keys<'_> {
             qk_norm: self.architecture == Architecture::Qwen3,
             tied: self.file.tensor("output.weight").is_none(),
             rope_theta: self.number("rope.freq_base")?.unwrap_or(10_000.0),
+            rope_scaling: self.rope_divisors()?,
         })
+    }
+
+    /// Llama 3's scaling, which llama.cpp's converter writes as a tensor of divisors.
+    fn rope_divisors(&self) -> Result<Option<RopeScaling>> {
+        let Some(info) = self.file.tensor(ROPE_FREQUENCIES) else { return Ok(None) };
+        let format = info.format().map_err(|error| at_file(&self.file.path, error))?;
+        let mut divisors = vec![0.0; info.shape.iter().product()];
+        format.decode_row(self.file.data(info)?, &mut divisors).map_err(|error| at_file(&self.file.path, error))?;
+        Ok(Some(RopeScaling::Divisors(divisors)))
     }
 
     fn refuse_unsupported(&self, head_dim: usize) -> Result<()> {

@@ -1,5 +1,6 @@
 //! Checkpoint to the files other engines load, and back: fold, plan, write aside, re-read and compare, rename.
 
+pub mod adapter;
 pub mod aside;
 pub mod config;
 pub mod fold;
@@ -9,6 +10,7 @@ mod hf_model;
 pub mod import;
 pub mod names;
 pub mod parameter;
+pub mod peft;
 pub mod plan;
 mod report;
 pub mod safetensors_dir;
@@ -26,7 +28,7 @@ use std::path::Path;
 
 use candle_core::Tensor;
 
-pub use report::{Report, TensorReport};
+pub use report::{MergeCost, Report, TensorReport};
 pub use target::Target;
 pub use ternary::TernaryWeights;
 
@@ -72,6 +74,7 @@ pub fn export(source: &Source, target: Target, out: &Path) -> Result<Report> {
         block_bits_per_weight: report::bits_per_weight(&tensors, true),
         tensors,
         notes: [plan.notes, more_notes].concat(),
+        merge: None,
     })
 }
 

@@ -8,6 +8,7 @@ use half::f16;
 use memmap2::Mmap;
 
 use crate::error::{Error, Result};
+use crate::ops::frozen::StoredMatrix;
 use crate::quant::{Format, ternary_by_id};
 
 /// One stored parameter. Rows are in Hugging Face's order whatever file they came from.
@@ -110,6 +111,36 @@ impl Parameter {
     /// Never for a value made by the constructors above.
     pub fn to_tensor(&self) -> Result<Tensor> {
         Ok(Tensor::from_vec(self.to_vec()?, self.shape.as_slice(), &Device::Cpu)?)
+    }
+}
+
+/// Training reads frozen matrices from their files as the engine does.
+impl StoredMatrix for Parameter {
+    fn rows(&self) -> usize {
+        self.count() / self.columns()
+    }
+
+    fn columns(&self) -> usize {
+        self.shape.last().copied().unwrap_or(1)
+    }
+
+    fn bytes(&self) -> usize {
+        self.bytes().len()
+    }
+
+    fn floats(&self) -> Option<&[f32]> {
+        if self.format.layout().name != "f32" || cfg!(target_endian = "big") {
+            return None;
+        }
+        // SAFETY: every pattern of four bytes is an f32, and `align_to` puts only whole, aligned ones into the middle.
+        let (before, values, after) = unsafe { self.bytes().align_to::<f32>() };
+        (before.is_empty() && after.is_empty()).then_some(values)
+    }
+
+    fn expand(&self, first: usize, values: &mut [f32]) {
+        let row = self.format.layout().row_bytes(self.columns()).expect("checked by the constructors");
+        let count = values.len() / self.columns();
+        self.format.decode_row(&self.bytes()[first * row..][..count * row], values).expect("whole rows of a checked size");
     }
 }
 

@@ -66,6 +66,11 @@ pub fn engines(spec: &Spec) -> Engines {
 /// # Errors
 /// When no stock engine could run it; the message names the key in the way and what to set it to.
 pub fn plan(spec: &Spec, target: Target) -> Result<Plan> {
+    if target == Target::Peft {
+        return Err(
+            Error::input("peft", "holds an adapter, and this is a whole model").fix("choose hf or a GGUF format, or give an adapter")
+        );
+    }
     config::check_spec(spec, "model")?;
     if target.packs_ternary() && spec.linear != LinearKind::Ternary {
         return Err(Error::input(target.name(), "holds ternary matrices only, and this model's are dense")
@@ -96,6 +101,9 @@ pub fn llama_cpp_architecture(spec: &Spec) -> Result<Architecture> {
     let refuse = |cause: &str, fix: &str| Err(Error::input("llama.cpp", cause).fix(fix));
     if spec.activation == Activation::Relu2Glu {
         return refuse("its llama, qwen3 and bitnet graphs have SiLU built in", "set model.activation = \"swi-glu\"");
+    }
+    if spec.rope_scaling.is_some() && (spec.qk_norm || spec.sub_norm) {
+        return refuse("only its llama graph scales rotary frequencies by Llama 3's rule", "export as hf, or use a model without scaling");
     }
     if !spec.sub_norm {
         return Ok(if spec.qk_norm { Architecture::Qwen3 } else { Architecture::Llama });

@@ -58,6 +58,37 @@ pub struct Report {
     pub tensors: Vec<TensorReport>,
     /// What a user should know, one sentence each.
     pub notes: Vec<String>,
+    /// What the merge of an adapter into a ternary base cost.
+    pub merge: Option<MergeCost>,
+}
+
+/// An adapter merged into a ternary base: most of a change smaller than half a level is lost.
+#[derive(Clone, Debug, Serialize)]
+pub struct MergeCost {
+    /// Nats per token with the adapter beside its base.
+    pub nll_beside: f64,
+    /// Nats per token of the merged model.
+    pub nll_merged: f64,
+    /// The most that the second may exceed the first by.
+    pub limit: f64,
+}
+
+impl MergeCost {
+    /// Nats per token.
+    pub fn rise(&self) -> f64 {
+        self.nll_merged - self.nll_beside
+    }
+}
+
+impl std::fmt::Display for MergeCost {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (beside, merged, rise) = (self.nll_beside, self.nll_merged, self.rise());
+        write!(
+            formatter,
+            "the merge into the ternary base costs {rise:+.4} nats per token ({beside:.4} beside, {merged:.4} merged; at most {})",
+            self.limit
+        )
+    }
 }
 
 /// Bits per weight of the chosen tensors; 0 for none.

@@ -10,6 +10,8 @@ pub enum Target {
     Hf,
     /// Hugging Face directory with ternary matrices packed for transformers' `bitnet` quantizer.
     HfBitnet,
+    /// The adapter alone, in PEFT's layout.
+    Peft,
     GgufF16,
     GgufBf16,
     GgufQ8_0,
@@ -22,9 +24,10 @@ pub enum Target {
 
 impl Target {
     /// Every target, in the order help texts list them.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Hf,
         Self::HfBitnet,
+        Self::Peft,
         Self::GgufF16,
         Self::GgufBf16,
         Self::GgufQ8_0,
@@ -40,6 +43,7 @@ impl Target {
         match self {
             Self::Hf => "hf",
             Self::HfBitnet => "hf-bitnet",
+            Self::Peft => "peft",
             Self::GgufF16 => "gguf-f16",
             Self::GgufBf16 => "gguf-bf16",
             Self::GgufQ8_0 => "gguf-q8_0",
@@ -65,7 +69,7 @@ impl Target {
     /// What block matrices are stored as; `None` for directories.
     pub fn matrix_format(self) -> Option<&'static dyn Format> {
         match self {
-            Self::Hf | Self::HfBitnet => None,
+            Self::Hf | Self::HfBitnet | Self::Peft => None,
             Self::GgufF16 => Some(&quant::F16),
             Self::GgufBf16 => Some(&quant::Bf16),
             Self::GgufQ8_0 => Some(&quant::Q8_0),
@@ -85,7 +89,7 @@ impl Target {
     /// llama.cpp's `general.file_type` number.
     pub(super) fn file_type(self) -> Option<u32> {
         match self {
-            Self::Hf | Self::HfBitnet => None,
+            Self::Hf | Self::HfBitnet | Self::Peft => None,
             Self::GgufF16 => Some(1),
             Self::GgufQ4_0 => Some(2),
             Self::GgufQ8_0 => Some(7),

@@ -27,6 +27,7 @@ pub(super) fn spec() -> Spec {
         qk_norm: false,
         tied: false,
         rope_theta: 10_000.0,
+        rope_scaling: None,
     }
 }
 

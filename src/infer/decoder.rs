@@ -6,6 +6,7 @@ use super::kv::{self, Format, Queries, Store};
 use super::linear::{Codes, Linear, products};
 use super::model::{Model, Sequence};
 use crate::error::{Error, Result};
+use crate::export::adapter::LowRankAdapter;
 use crate::export::parameter::Parameter;
 use crate::model::{Activation, Spec};
 use crate::ops::cpu::gated::{Activation as Gate, gated_forward};
@@ -61,6 +62,30 @@ impl Decoder {
             layers,
             spec: spec.clone(),
         })
+    }
+
+    /// Puts a low-rank adapter beside the matrices it names; it must fit (see [`LowRankAdapter::check`]).
+    pub(super) fn adapt(&mut self, adapter: LowRankAdapter) {
+        let mut modules = adapter.modules;
+        for (index, layer) in self.layers.iter_mut().enumerate() {
+            let [q, k, v] = &mut layer.attention;
+            let [gate, up] = &mut layer.gate_up;
+            let maps = [
+                ("self_attn.q_proj", q),
+                ("self_attn.k_proj", k),
+                ("self_attn.v_proj", v),
+                ("self_attn.o_proj", &mut layer.output),
+                ("mlp.gate_proj", gate),
+                ("mlp.up_proj", up),
+                ("mlp.down_proj", &mut layer.down),
+            ];
+            for (name, map) in maps {
+                if let Some(side) = modules.remove(&format!("model.layers.{index}.{name}")) {
+                    map.adapt(side);
+                }
+            }
+        }
+        assert!(modules.is_empty(), "the adapter was checked against the base");
     }
 
     fn head_of(&self, hidden: &[f32]) -> Vec<f32> {
@@ -270,7 +295,7 @@ impl Model for Decoder {
         cache::check_memory(bytes, cache::available_memory())?;
         Ok(Box::new(CpuSequence {
             decoder: self,
-            rope: RotaryTable::new(spec.head_dim, spec.rope_theta, capacity),
+            rope: RotaryTable::from_frequencies(&spec.rotary_frequencies(), capacity),
             stores: (0..spec.layers).map(|layer| kv::store(options, layer, spec.kv_heads, spec.head_dim)).collect::<Result<_>>()?,
             work: Work::default(),
         }))

@@ -6,6 +6,7 @@ use super::kv::Format;
 use super::model::Model;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
+use crate::export::adapter::LowRankAdapter;
 use crate::export::parameter::Parameter;
 use crate::model::Spec;
 use crate::ops::cuda::Device;
@@ -76,6 +77,24 @@ impl Engine {
     ) -> Result<Self> {
         let model = Box::new(CudaModel::new(device, &spec, parameters)?);
         Ok(Self { model, size: Size::of(parameters), tokenizer, spec })
+    }
+
+    /// [`Engine::new`] with a low-rank adapter beside the matrices it names; it must fit (see [`LowRankAdapter::check`]).
+    ///
+    /// # Errors
+    /// As [`Engine::new`].
+    pub(super) fn adapted(
+        spec: Spec,
+        parameters: &BTreeMap<String, Parameter>,
+        tokenizer: Option<Tokenizer>,
+        adapter: LowRankAdapter,
+    ) -> Result<Self> {
+        let mut size = Size::of(parameters);
+        size.weights += adapter.bytes() / size_of::<f32>();
+        size.weight_bytes += adapter.bytes();
+        let mut decoder = Decoder::new(&spec, parameters)?;
+        decoder.adapt(adapter);
+        Ok(Self { model: Box::new(decoder), size, tokenizer, spec })
     }
 
     /// Its shape.

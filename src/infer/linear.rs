@@ -3,9 +3,11 @@
 
 use super::dense::DenseMatrix;
 use crate::error::{Error, Result};
+use crate::export::adapter::LowRank;
 use crate::export::parameter::Parameter;
 use crate::model::LinearKind;
 use crate::ops::cpu::ternary::{PackedTernary, quantize_activations, ternary_matmul};
+use crate::ops::low_rank::low_rank_forward;
 use crate::quant::ternary_by_id;
 use half::f16;
 use rayon::prelude::*;
@@ -16,6 +18,8 @@ pub enum Linear {
     Dense(DenseMatrix),
     /// 8-bit activations times ternary codes under one scale (BitNet b1.58).
     Ternary(PackedTernary),
+    /// Either of them with a low-rank adapter beside it, in f32.
+    Adapted(Box<Linear>, LowRank),
 }
 
 impl Linear {
@@ -46,6 +50,7 @@ impl Linear {
         match self {
             Self::Dense(matrix) => matrix.outputs(),
             Self::Ternary(matrix) => matrix.rows(),
+            Self::Adapted(base, _) => base.outputs(),
         }
     }
 
@@ -54,6 +59,21 @@ impl Linear {
         match self {
             Self::Dense(matrix) => matrix.inputs(),
             Self::Ternary(matrix) => matrix.columns(),
+            Self::Adapted(base, _) => base.inputs(),
+        }
+    }
+
+    /// Puts an adapter beside it.
+    pub(super) fn adapt(&mut self, side: LowRank) {
+        let base = std::mem::replace(self, Self::Ternary(PackedTernary::from_codes(&[], 0, 0, f16::ZERO)));
+        *self = Self::Adapted(Box::new(base), side);
+    }
+
+    /// The stored matrix, and the adapter beside it.
+    fn parts(&self) -> (&Linear, Option<&LowRank>) {
+        match self {
+            Self::Adapted(base, side) => (base, Some(side)),
+            plain => (plain, None),
         }
     }
 }
@@ -140,16 +160,21 @@ pub struct Codes {
 pub fn products<const N: usize>(x: &[f32], maps: [&Linear; N], outputs: [&mut Vec<f32>; N], scratch: &mut Codes) {
     let inputs = maps[0].inputs();
     let rows = x.len() / inputs;
-    if maps.iter().any(|map| matches!(map, Linear::Ternary(_))) {
+    if maps.iter().any(|map| matches!(map.parts().0, Linear::Ternary(_))) {
         scratch.codes.resize(x.len(), 0);
         scratch.gammas.resize(rows, 0.0);
         quantize_activations(x, inputs, &mut scratch.codes, &mut scratch.gammas);
     }
     for (map, y) in maps.into_iter().zip(outputs) {
         y.resize(rows * map.outputs(), 0.0);
-        match map {
+        let (base, side) = map.parts();
+        match base {
             Linear::Dense(matrix) => matrix.multiply(x, y),
             Linear::Ternary(matrix) => ternary_matmul(&scratch.codes, &scratch.gammas, matrix, y),
+            Linear::Adapted(..) => unreachable!("an adapter stands beside a stored matrix"),
+        }
+        if let Some(side) = side {
+            low_rank_forward(x, &side.a, &side.b, side.rank, side.scale as f32, y);
         }
     }
 }

@@ -50,10 +50,16 @@ impl Engine {
             Processor::Cpu => None,
             Processor::Cuda(number) => Some(Cuda::new(number)?),
         };
-        let loaded = load_any(path)?;
-        let mut engine = match device {
-            None => Self::new(loaded.spec, &loaded.parameters, loaded.tokenizer)?,
-            Some(device) => Self::on_device(device, loaded.spec, &loaded.parameters, loaded.tokenizer)?,
+        let mut loaded = load_any(path)?;
+        let adapter = loaded.adapter.take();
+        let mut engine = match (device, adapter) {
+            (None, None) => Self::new(loaded.spec, &loaded.parameters, loaded.tokenizer)?,
+            (None, Some(adapter)) => Self::adapted(loaded.spec, &loaded.parameters, loaded.tokenizer, adapter)?,
+            (Some(device), None) => Self::on_device(device, loaded.spec, &loaded.parameters, loaded.tokenizer)?,
+            (Some(_), Some(_)) => {
+                return Err(Error::file(path, "is an adapter beside its base, which only the CPU runs")
+                    .fix("export it merged, for example with --format hf, and run that"));
+            }
         };
         engine.size.artifact_bytes = artifact_bytes(path)?;
         Ok(engine)
@@ -69,7 +75,7 @@ fn artifact_bytes(path: &Path) -> Result<u64> {
     for entry in fs::read_dir(path).map_err(Error::io("list", path))? {
         let entry = entry.map_err(Error::io("list", path))?;
         let name = entry.file_name().to_string_lossy().into_owned();
-        let counts = name.ends_with(".safetensors") && name.starts_with("model")
+        let counts = name.ends_with(".safetensors") && (name.starts_with("model") || name.starts_with("adapter_model"))
             || name.starts_with("tokenizer")
             || name.starts_with("model.safetensors.index")
             || name == "config.json";

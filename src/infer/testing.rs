@@ -32,6 +32,7 @@ pub(crate) fn dense() -> Spec {
         qk_norm: false,
         tied: false,
         rope_theta: 10_000.0,
+        rope_scaling: None,
     }
 }
 
@@ -99,7 +100,7 @@ pub(crate) fn training_logits(spec: &Spec, weights: &Weights, ids: &[u32]) -> Ve
     let parameters = Parameters::from_tensors(spec, weights, &Device::Cpu).unwrap();
     let decoder = Decoder::new(spec.clone(), false);
     let hidden = decoder.hidden(&Tape::evaluate(), &parameters, &Inputs::rows(1, ids.len(), ids.to_vec()), None).unwrap();
-    logits(hidden.tensor(), decoder.head(&parameters).tensor()).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+    logits(hidden.tensor(), decoder.head(&parameters).unwrap().tensor()).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 
 /// Reproducible token ids.

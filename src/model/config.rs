@@ -125,6 +125,7 @@ impl Config {
             qk_norm: self.qk_norm.unwrap_or(false),
             tied: self.tied.unwrap_or(false),
             rope_theta: self.rope_theta,
+            rope_scaling: None,
         };
         check(&spec, tokenizer_vocab)?;
         Ok(spec)

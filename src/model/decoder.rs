@@ -3,16 +3,17 @@
 //! Tensors are rows of tokens `[batch * tokens, width]`. The residual stream passes through fused add-and-normalize steps:
 //! x -> norm -> attention -> (x + o, norm) -> MLP -> (x + d, next norm) ... -> final norm -> head.
 
-use super::{Activation, LinearKind, Parameters, Spec};
+use super::{Activation, LinearKind, Parameters, Spec, Weight};
 use crate::error::Result;
 use crate::ops::attention::{AttentionShape, attention};
 use crate::ops::cross_entropy::{Loss, Targets, linear_cross_entropy};
 use crate::ops::embedding::embedding;
+use crate::ops::frozen::frozen_linears;
 use crate::ops::gated::{GateFunction, gated};
 use crate::ops::linear::linears;
 use crate::ops::norm::{add_norm, norm};
 use crate::ops::rope::{RotaryTable, rope};
-use crate::ops::ternary::ternary_linears;
+use crate::ops::ternary::blended_linears;
 use crate::tape::{Tape, Var};
 use candle_core::Tensor;
 use std::sync::Arc;
@@ -71,6 +72,7 @@ pub struct Decoder {
     spec: Spec,
     rope: Arc<RotaryTable>,
     checkpointing: bool,
+    blend: f32,
 }
 
 /// The two values that pass from block to block.
@@ -79,8 +81,20 @@ type Stream = [Var; 2];
 impl Decoder {
     /// A decoder of this shape; with `checkpointing`, blocks are evaluated again in the backward pass instead of being remembered.
     pub fn new(spec: Spec, checkpointing: bool) -> Self {
-        let rope = Arc::new(RotaryTable::new(spec.head_dim, spec.rope_theta, spec.context));
-        Self { spec, rope, checkpointing }
+        let positions = spec.context;
+        Self::with_positions(spec, positions, checkpointing)
+    }
+
+    /// The same for rows of at most `positions` tokens, which may be fewer than the model's context.
+    pub fn with_positions(spec: Spec, positions: usize, checkpointing: bool) -> Self {
+        let rope = Arc::new(RotaryTable::from_frequencies(&spec.rotary_frequencies(), positions));
+        Self { spec, rope, checkpointing, blend: 1.0 }
+    }
+
+    /// The same with ternary maps only partly rounded: 0 leaves them dense, 1 is what will be deployed.
+    #[must_use]
+    pub fn blended(&self, blend: f32) -> Self {
+        Self { blend, ..self.clone() }
     }
 
     /// Its shape.
@@ -91,11 +105,14 @@ impl Decoder {
     /// Loss of `inputs` against `targets`.
     pub fn loss(&self, tape: &Tape<'_>, parameters: &Parameters, inputs: &Inputs, targets: Targets<'_>) -> Result<Loss> {
         let hidden = self.hidden(tape, parameters, inputs, None)?;
-        Ok(linear_cross_entropy(tape, &hidden, &self.head(parameters), targets)?)
+        Ok(linear_cross_entropy(tape, &hidden, &self.head(parameters)?, targets)?)
     }
 
     /// The matrix that turns hidden states into logits, `[vocab, dim]`.
-    pub fn head(&self, parameters: &Parameters) -> Var {
+    ///
+    /// # Errors
+    /// When a frozen head in stored bits cannot be expanded.
+    pub fn head(&self, parameters: &Parameters) -> Result<Var> {
         parameters.var(if self.spec.tied { "model.embed_tokens.weight" } else { "lm_head.weight" })
     }
 
@@ -119,7 +136,7 @@ impl Decoder {
         if !self.spec.embedding_projection {
             return Ok(normalized);
         }
-        let [projected] = linears(tape, &normalized, [&parameters.var("model.head_projection.weight")])?;
+        let [projected] = linears(tape, &normalized, [&parameters.var("model.head_projection.weight")?])?;
         Ok(projected)
     }
 }
@@ -136,7 +153,7 @@ impl Pass<'_> {
         &self.decoder.spec
     }
 
-    fn weight(&self, layer: usize, name: &str) -> Var {
+    fn gain(&self, layer: usize, name: &str) -> Result<Var> {
         self.parameters.var(&format!("model.layers.{layer}.{name}.weight"))
     }
 
@@ -148,46 +165,68 @@ impl Pass<'_> {
 
     /// The stream before the first block and its first norm.
     fn embed(&self, tape: &Tape<'_>) -> Result<Stream> {
-        let mut x = embedding(tape, &self.inputs.ids, &self.parameters.var("model.embed_tokens.weight"))?;
+        let mut x = match self.parameters.weight("model.embed_tokens.weight") {
+            Weight::Trained(table) => embedding(tape, &self.inputs.ids, &table)?,
+            Weight::Frozen(table) => Var::constant(table.gather(&self.inputs.ids, self.parameters.flat().device())?),
+        };
         if self.spec().embedding_projection {
-            [x] = linears(tape, &x, [&self.parameters.var("model.embed_projection.weight")])?;
+            [x] = linears(tape, &x, [&self.parameters.var("model.embed_projection.weight")?])?;
         }
         let x = self.look(Site::Stream { layer: 0 }, x)?;
-        let normalized = norm(tape, &x, &self.next_gain(0), self.spec().dim, self.spec().norm_eps)?;
+        let normalized = norm(tape, &x, &self.next_gain(0)?, self.spec().dim, self.spec().norm_eps)?;
         Ok([x, normalized])
     }
 
     /// Gain of the norm that opens block `layer`, or of the final norm.
-    fn next_gain(&self, layer: usize) -> Var {
-        if layer == self.spec().layers { self.parameters.var("model.norm.weight") } else { self.weight(layer, "input_layernorm") }
+    fn next_gain(&self, layer: usize) -> Result<Var> {
+        if layer == self.spec().layers { self.parameters.var("model.norm.weight") } else { self.gain(layer, "input_layernorm") }
     }
 
     fn block<'a>(&self, tape: &Tape<'a>, layer: usize, [x, normalized]: Stream) -> Result<Stream> {
         let epsilon = self.spec().norm_eps;
         let attended = self.attend(tape, layer, normalized)?;
-        let (x, normalized) = add_norm(tape, &attended, &x, &self.weight(layer, "post_attention_layernorm"), epsilon)?;
+        let (x, normalized) = add_norm(tape, &attended, &x, &self.gain(layer, "post_attention_layernorm")?, epsilon)?;
         let transformed = self.transform(tape, layer, normalized)?;
-        let (x, normalized) = add_norm(tape, &transformed, &x, &self.next_gain(layer + 1), epsilon)?;
+        let (x, normalized) = add_norm(tape, &transformed, &x, &self.next_gain(layer + 1)?, epsilon)?;
         let last = layer + 1 == self.spec().layers;
         let x = if last { x } else { self.look(Site::Stream { layer: layer + 1 }, x)? };
         Ok([x, normalized])
     }
 
-    fn products<'a, const N: usize>(&self, tape: &Tape<'a>, x: &Var, weights: [&Var; N]) -> Result<[Var; N]> {
-        Ok(match self.spec().linear {
-            LinearKind::Dense => linears(tape, x, weights)?,
-            LinearKind::Ternary => ternary_linears(tape, x, weights)?,
-        })
+    /// Products of `x` with matrices of block `layer`, adapters included.
+    fn products<'a, const N: usize>(&self, tape: &Tape<'a>, x: &Var, layer: usize, names: [&str; N]) -> Result<[Var; N]> {
+        let names = names.map(|name| format!("model.layers.{layer}.{name}.weight"));
+        let weights = names.each_ref().map(|name| self.parameters.weight(name));
+        let trained: Vec<&Var> =
+            weights.iter().filter_map(|weight| if let Weight::Trained(var) = weight { Some(var) } else { None }).collect();
+        let outputs = match <[&Var; N]>::try_from(trained) {
+            Ok(trained) => match self.spec().linear {
+                LinearKind::Dense => linears(tape, x, trained)?,
+                LinearKind::Ternary => blended_linears(tape, x, trained, self.decoder.blend)?,
+            },
+            Err(_) => {
+                let frozen: Vec<_> =
+                    weights.iter().filter_map(|weight| if let Weight::Frozen(it) = weight { Some(*it) } else { None }).collect();
+                frozen_linears(tape, x, frozen.try_into().expect("the matrices of a block are trained together or frozen together"))?
+            }
+        };
+        let mut adapted = Vec::with_capacity(N);
+        for (output, name) in outputs.into_iter().zip(&names) {
+            adapted.push(match self.parameters.adapter_of(name) {
+                Some((adapter, parts)) => adapter.apply(tape, x, output, &parts)?,
+                None => output,
+            });
+        }
+        Ok(adapted.try_into().expect("one output per matrix"))
     }
 
     fn attend<'a>(&self, tape: &Tape<'a>, layer: usize, x: Var) -> Result<Var> {
         let spec = self.spec();
         let x = self.look(Site::AttentionInput { layer }, x)?;
-        let weights = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"].map(|name| self.weight(layer, name));
-        let [mut q, mut k, v] = self.products(tape, &x, weights.each_ref())?;
+        let [mut q, mut k, v] = self.products(tape, &x, layer, ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"])?;
         if spec.qk_norm {
-            q = norm(tape, &q, &self.weight(layer, "self_attn.q_norm"), spec.head_dim, spec.norm_eps)?;
-            k = norm(tape, &k, &self.weight(layer, "self_attn.k_norm"), spec.head_dim, spec.norm_eps)?;
+            q = norm(tape, &q, &self.gain(layer, "self_attn.q_norm")?, spec.head_dim, spec.norm_eps)?;
+            k = norm(tape, &k, &self.gain(layer, "self_attn.k_norm")?, spec.head_dim, spec.norm_eps)?;
         }
         let q = self.look(Site::Query { layer }, rope(tape, &q, &self.inputs.positions, &self.decoder.rope)?)?;
         let k = self.look(Site::Key { layer }, rope(tape, &k, &self.inputs.positions, &self.decoder.rope)?)?;
@@ -202,28 +241,27 @@ impl Pass<'_> {
         let mut attended = attention(tape, shape, [&q, &k, &v], self.inputs.document_starts.clone())?;
         if spec.sub_norm {
             let width = spec.heads * spec.head_dim;
-            attended = norm(tape, &attended, &self.weight(layer, "self_attn.attn_sub_norm"), width, spec.norm_eps)?;
+            attended = norm(tape, &attended, &self.gain(layer, "self_attn.attn_sub_norm")?, width, spec.norm_eps)?;
         }
         let attended = self.look(Site::OutputInput { layer }, attended)?;
-        let [output] = self.products(tape, &attended, [&self.weight(layer, "self_attn.o_proj")])?;
+        let [output] = self.products(tape, &attended, layer, ["self_attn.o_proj"])?;
         Ok(output)
     }
 
     fn transform<'a>(&self, tape: &Tape<'a>, layer: usize, x: Var) -> Result<Var> {
         let spec = self.spec();
         let x = self.look(Site::MlpInput { layer }, x)?;
-        let weights = ["mlp.gate_proj", "mlp.up_proj"].map(|name| self.weight(layer, name));
-        let [gate, up] = self.products(tape, &x, weights.each_ref())?;
+        let [gate, up] = self.products(tape, &x, layer, ["mlp.gate_proj", "mlp.up_proj"])?;
         let function = match spec.activation {
             Activation::SwiGlu => GateFunction::Silu,
             Activation::Relu2Glu => GateFunction::SquaredRelu,
         };
         let mut inner = gated(tape, function, &gate, &up)?;
         if spec.sub_norm {
-            inner = norm(tape, &inner, &self.weight(layer, "mlp.ffn_sub_norm"), spec.ffn, spec.norm_eps)?;
+            inner = norm(tape, &inner, &self.gain(layer, "mlp.ffn_sub_norm")?, spec.ffn, spec.norm_eps)?;
         }
         let inner = self.look(Site::DownInput { layer }, inner)?;
-        let [output] = self.products(tape, &inner, [&self.weight(layer, "mlp.down_proj")])?;
+        let [output] = self.products(tape, &inner, layer, ["mlp.down_proj"])?;
         Ok(output)
     }
 }

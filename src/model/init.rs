@@ -24,7 +24,7 @@ pub fn initialize(spec: &Spec, seed: u64, device: &Device) -> Result<Parameters>
             Role::Gain => vec![1.0; len],
             Role::Embedding | Role::Head => normal(&mut stream, len, 0.02),
             Role::Hidden if is_projection(&parameter.name) => orthogonal(&mut stream, spec.dim),
-            Role::Hidden => normal(&mut stream, len, deviation(spec, &parameter.name, parameter.shape[1])),
+            Role::Hidden | Role::Adapter => normal(&mut stream, len, deviation(spec, &parameter.name, parameter.shape[1])),
         };
         let values = Tensor::from_vec(values, parameter.shape.clone(), &Device::Cpu)?.to_device(device)?;
         parameter.value().slice_set(&values, 0, 0)?;

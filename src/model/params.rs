@@ -2,10 +2,14 @@
 //! reductions are passes over contiguous memory.
 
 use super::Spec;
+use super::adapt::{Adapted, Adapter};
 use crate::error::{Error, Result};
+use crate::ops::frozen::Frozen;
+use crate::ops::rng::Stream;
 use crate::tape::{Gradients, Var};
 use candle_core::{DType, Device, Tensor};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 /// What a parameter does, which decides its optimizer rule, decay and initial distribution.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -18,6 +22,8 @@ pub enum Role {
     Head,
     /// Gains of norms.
     Gain,
+    /// A tensor of an adapter.
+    Adapter,
 }
 
 impl Role {
@@ -27,6 +33,7 @@ impl Role {
             "model.embed_tokens.weight" => Self::Embedding,
             "lm_head.weight" => Self::Head,
             _ if name.ends_with("norm.weight") => Self::Gain,
+            _ if name.rsplit('.').nth(1).is_some_and(|part| part.starts_with("lora_")) => Self::Adapter,
             _ => Self::Hidden,
         }
     }
@@ -60,17 +67,46 @@ impl Parameter {
     }
 }
 
-/// All parameters of a model, in name order.
+/// All parameters of a model: those that are trained, in name order, and those that are only read.
 #[derive(Clone, Debug)]
 pub struct Parameters {
     list: Vec<Parameter>,
     flat: Tensor,
+    frozen: Arc<BTreeMap<String, Frozen>>,
+    adapted: Option<Adapted>,
+}
+
+/// A matrix as the forward pass meets it.
+#[derive(Clone, Debug)]
+pub enum Weight<'p> {
+    Trained(Var),
+    Frozen(&'p Frozen),
 }
 
 impl Parameters {
-    /// Zeros for every parameter of `spec`.
+    /// Zeros for every parameter of `spec`, all trained.
     pub fn zeros(spec: &Spec, device: &Device) -> Result<Self> {
-        let declared = spec.parameters();
+        Self::declared(spec.parameters(), device)
+    }
+
+    /// A frozen model with the tensors of an adapter at their start, each drawn from a stream of its own.
+    pub fn adapted(frozen: Arc<BTreeMap<String, Frozen>>, adapted: Adapted, seed: u64, device: &Device) -> Result<Self> {
+        let mut parameters = Self::declared(adapted.parameters(), device)?;
+        for (module, shape) in &adapted.modules {
+            for part in adapted.adapter.parts(*shape) {
+                let name = format!("{module}.{}", part.0);
+                let values = adapted.adapter.initial(&part, &mut Stream::new(seed, &name));
+                let source = Tensor::from_vec(values, part.1, &Device::Cpu)?.to_device(device)?;
+                parameters.list[parameters.index(&name)].value.slice_set(&source, 0, 0)?;
+            }
+        }
+        (parameters.frozen, parameters.adapted) = (frozen, Some(adapted));
+        Ok(parameters)
+    }
+
+    /// Zeros for the trained tensors `declared`.
+    fn declared(mut declared: Vec<(String, Vec<usize>)>, device: &Device) -> Result<Self> {
+        declared.sort();
         let mut order: Vec<usize> = (0..declared.len()).collect();
         order.sort_by_key(|&i| (Role::of(&declared[i].0), i));
         let mut offsets = vec![0; declared.len()];
@@ -89,13 +125,22 @@ impl Parameters {
                 Ok(Parameter { role: Role::of(&name), name, shape, offset, value })
             })
             .collect::<Result<Vec<_>>>()?;
-        Ok(Self { list, flat })
+        Ok(Self { list, flat, frozen: Arc::default(), adapted: None })
     }
 
     /// Parameters of `spec` with the given values; every name must be there with its shape.
     pub fn from_tensors(spec: &Spec, tensors: &BTreeMap<String, Tensor>, device: &Device) -> Result<Self> {
         let parameters = Self::zeros(spec, device)?;
-        for parameter in &parameters.list {
+        parameters.fill(tensors)?;
+        Ok(parameters)
+    }
+
+    /// Sets every trained tensor; each must be among `tensors` with its shape.
+    ///
+    /// # Errors
+    /// Names the first that is missing or has another shape; earlier ones are set already.
+    pub fn fill(&self, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
+        for parameter in &self.list {
             let Some(tensor) = tensors.get(&parameter.name) else {
                 return Err(Error::input(&parameter.name, "the tensor is missing from the model"));
             };
@@ -103,46 +148,88 @@ impl Parameters {
                 let cause = format!("shape {:?} where {:?} is expected", tensor.dims(), parameter.shape);
                 return Err(Error::input(&parameter.name, cause));
             }
-            let source = tensor.to_dtype(DType::F32)?.to_device(device)?.contiguous()?;
+            let source = tensor.to_dtype(DType::F32)?.to_device(self.flat.device())?.contiguous()?;
             parameter.value.slice_set(&source, 0, 0)?;
         }
-        Ok(parameters)
+        Ok(())
     }
 
-    /// In name order.
+    /// The trained ones, in name order.
     pub fn list(&self) -> &[Parameter] {
         &self.list
     }
 
-    /// All values as one tensor `[total]`.
+    /// Those that are only read, by name.
+    pub fn frozen(&self) -> &BTreeMap<String, Frozen> {
+        &self.frozen
+    }
+
+    /// The adapter that is trained, where one is.
+    pub fn adapter(&self) -> Option<&dyn Adapter> {
+        self.adapted.as_ref().map(|adapted| &*adapted.adapter)
+    }
+
+    /// All trained values as one tensor `[total]`.
     pub fn flat(&self) -> &Tensor {
         &self.flat
     }
 
-    /// Number of scalars.
+    /// Number of trained scalars.
     pub fn total(&self) -> usize {
         self.flat.elem_count()
     }
 
-    /// Place of the parameter called `name`.
+    /// Place of the trained parameter called `name`.
     pub fn index(&self, name: &str) -> usize {
-        self.list.binary_search_by(|p| p.name.as_str().cmp(name)).unwrap_or_else(|_| panic!("no parameter is called {name}"))
+        self.find(name).unwrap_or_else(|| panic!("no parameter is called {name}"))
     }
 
-    /// The parameter called `name` as a leaf of a tape.
-    pub fn var(&self, name: &str) -> Var {
-        let index = self.index(name);
+    fn find(&self, name: &str) -> Option<usize> {
+        self.list.binary_search_by(|p| p.name.as_str().cmp(name)).ok()
+    }
+
+    /// The parameter called `name`: a leaf of a tape, or a constant that stored bits are expanded for.
+    ///
+    /// # Errors
+    /// When memory for the expansion cannot be had.
+    pub fn var(&self, name: &str) -> Result<Var> {
+        match self.weight(name) {
+            Weight::Trained(var) => Ok(var),
+            Weight::Frozen(frozen) => Ok(Var::constant(frozen.to_tensor(self.flat.device())?)),
+        }
+    }
+
+    /// The parameter called `name`, without expanding anything.
+    pub fn weight(&self, name: &str) -> Weight<'_> {
+        match (self.find(name), self.frozen.get(name)) {
+            (Some(index), _) => Weight::Trained(self.leaf(index)),
+            (None, Some(frozen)) => Weight::Frozen(frozen),
+            (None, None) => panic!("no parameter is called {name}"),
+        }
+    }
+
+    fn leaf(&self, index: usize) -> Var {
         Var::parameter(index, self.list[index].value.clone())
     }
 
-    /// Names with values.
+    /// The adapter of the module that holds the matrix `name`, and its tensors.
+    pub fn adapter_of(&self, name: &str) -> Option<(&dyn Adapter, Vec<Var>)> {
+        let adapted = self.adapted.as_ref()?;
+        let module = name.strip_suffix(".weight")?;
+        let shape = adapted.modules.get(module)?;
+        let parts = adapted.adapter.parts(*shape).into_iter().map(|(part, _)| self.leaf(self.index(&format!("{module}.{part}"))));
+        Some((&*adapted.adapter, parts.collect()))
+    }
+
+    /// Names with values of what is trained.
     pub fn tensors(&self) -> BTreeMap<String, Tensor> {
         self.list.iter().map(|p| (p.name.clone(), p.value.clone())).collect()
     }
 
-    /// A deep copy, sharing nothing.
-    pub fn duplicate(&self, spec: &Spec) -> Result<Self> {
-        let copy = Self::zeros(spec, self.flat.device())?;
+    /// A deep copy of what is trained; frozen weights are shared.
+    pub fn duplicate(&self) -> Result<Self> {
+        let declared = self.list.iter().map(|parameter| (parameter.name.clone(), parameter.shape.clone())).collect();
+        let copy = Self { frozen: self.frozen.clone(), adapted: self.adapted.clone(), ..Self::declared(declared, self.flat.device())? };
         copy.flat.slice_set(&self.flat, 0, 0)?;
         Ok(copy)
     }

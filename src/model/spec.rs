@@ -1,5 +1,6 @@
 //! The resolved shape of a decoder: everything that fixes its mathematics and its parameter names.
 
+use super::RopeScaling;
 use serde::{Deserialize, Serialize};
 
 /// Normalization of the residual stream.
@@ -56,6 +57,9 @@ pub struct Spec {
     /// The head is the embedding table.
     pub tied: bool,
     pub rope_theta: f64,
+    /// Stretched rotary frequencies, where the model has them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rope_scaling: Option<RopeScaling>,
 }
 
 impl Spec {

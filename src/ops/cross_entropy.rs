@@ -48,7 +48,9 @@ pub fn linear_cross_entropy<'a>(tape: &Tape<'a>, x: &Var, weight: &Var, targets:
     let targets = [x.target(), weight.target()];
     let [root] = tape.record(&[x, weight], [value], move |flow, _| {
         let Some((d_x, d_weight)) = gradients else { return Ok(()) };
-        flow.add(targets[1], d_weight)?;
+        if let Some(d_weight) = d_weight {
+            flow.add(targets[1], d_weight)?;
+        }
         flow.add(targets[0], d_x)
     });
     Ok(Loss { root, weighted_nll, nll: pass.nll })
@@ -56,16 +58,41 @@ pub fn linear_cross_entropy<'a>(tape: &Tape<'a>, x: &Var, weight: &Var, targets:
 
 struct Pass {
     nll: Vec<f32>,
-    gradients: Option<(Tensor, Tensor)>,
+    /// Of x, and of W where it is trained.
+    gradients: Option<(Tensor, Option<Tensor>)>,
 }
 
+/// Rows that count nothing cost nothing: under a loss on answers only, prompts have no logits.
 fn fused(x: &Tensor, weight: &Var, targets: Targets<'_>, train: bool) -> Result<Pass> {
+    let counted: Vec<usize> = (0..targets.weights.len()).filter(|&row| targets.weights[row] != 0.0).collect();
+    if counted.len() == targets.weights.len() {
+        return every_row(x, weight, targets, train);
+    }
+    let (rows, width) = x.dims2()?;
+    let (ids, weights): (Vec<u32>, Vec<f32>) = counted.iter().map(|&row| (targets.ids[row], targets.weights[row])).unzip();
+    let data = host(x)?;
+    let mut chosen = Vec::with_capacity(counted.len() * width);
+    counted.iter().for_each(|&row| chosen.extend_from_slice(&data[row * width..][..width]));
+    let chosen = from_vec(chosen, (counted.len(), width))?;
+    let pass = every_row(&chosen, weight, Targets { ids: &ids, weights: &weights, ..targets }, train)?;
+    let mut nll = buffer(rows);
+    counted.iter().zip(&pass.nll).for_each(|(&row, &value)| nll[row] = value);
+    let Some((d_chosen, d_weight)) = pass.gradients else { return Ok(Pass { nll, gradients: None }) };
+    let mut d_x = buffer(rows * width);
+    let d_chosen = host(&d_chosen)?;
+    counted.iter().zip(d_chosen.chunks_exact(width)).for_each(|(&row, from)| d_x[row * width..][..width].copy_from_slice(from));
+    Ok(Pass { nll, gradients: Some((from_vec(d_x, (rows, width))?, d_weight)) })
+}
+
+fn every_row(x: &Tensor, weight: &Var, targets: Targets<'_>, train: bool) -> Result<Pass> {
     let ((rows, width), (vocab, _)) = (x.dims2()?, weight.tensor().dims2()?);
     let (x_data, w_data) = (host(x)?, host(weight.tensor())?);
     let matrix = Matrix::row_major(&w_data, vocab, width);
     let (mut nll, mut log_sum_exp) = (buffer(rows), buffer(CHUNK));
     let mut logits = buffer(CHUNK.min(rows) * vocab);
-    let (mut d_x, mut d_weight) = if train { (buffer(rows * width), buffer(vocab * width)) } else { (vec![], vec![]) };
+    let train_weight = train && weight.needs_gradient();
+    let mut d_x = if train { buffer(rows * width) } else { vec![] };
+    let mut d_weight = if train_weight { buffer(vocab * width) } else { vec![] };
     for first in (0..rows).step_by(CHUNK) {
         let count = CHUNK.min(rows - first);
         let span = first..first + count;
@@ -80,15 +107,19 @@ fn fused(x: &Tensor, weight: &Var, targets: Targets<'_>, train: bool) -> Result<
         cross_entropy(logits, aims, targets.scale, targets.z_loss, &mut nll[span], &mut log_sum_exp[..count]);
         let d_logits = Matrix::row_major(logits, count, vocab);
         gemm(d_logits, &matrix, &mut d_x[first * width..][..count * width], width, false);
-        gemm(d_logits.transposed(), &chunk, &mut d_weight, width, first > 0);
+        if train_weight {
+            gemm(d_logits.transposed(), &chunk, &mut d_weight, width, first > 0);
+        }
     }
-    let gradients = if train { Some((from_vec(d_x, (rows, width))?, from_vec(d_weight, (vocab, width))?)) } else { None };
+    let d_weight = if train_weight { Some(from_vec(d_weight, (vocab, width))?) } else { None };
+    let gradients = if train { Some((from_vec(d_x, (rows, width))?, d_weight)) } else { None };
     Ok(Pass { nll, gradients })
 }
 
 fn reference(x: &Tensor, weight: &Var, targets: Targets<'_>, train: bool) -> Result<Pass> {
     let (rows, matrix, device) = (x.dim(0)?, weight.tensor(), x.device());
     let (mut nll, mut d_x, mut d_weight) = (Vec::with_capacity(rows), vec![], None::<Tensor>);
+    let train_weight = train && weight.needs_gradient();
     for first in (0..rows).step_by(CHUNK) {
         let count = CHUNK.min(rows - first);
         let ids = Tensor::from_slice(&targets.ids[first..first + count], (count, 1), device)?;
@@ -108,6 +139,9 @@ fn reference(x: &Tensor, weight: &Var, targets: Targets<'_>, train: bool) -> Res
             let softmax = exponentials.broadcast_div(&total)?.broadcast_mul(&(spread? * &factor)?)?;
             let d_logits = softmax.scatter_add(&ids, &factor.neg()?, 1)?;
             d_x.push(d_logits.matmul(matrix)?);
+            if !train_weight {
+                continue;
+            }
             let part = d_logits.t()?.matmul(&chunk)?;
             d_weight = Some(match d_weight {
                 None => part,
@@ -115,10 +149,7 @@ fn reference(x: &Tensor, weight: &Var, targets: Targets<'_>, train: bool) -> Res
             });
         }
     }
-    let gradients = match d_weight {
-        Some(d_weight) => Some((Tensor::cat(&d_x, 0)?, d_weight)),
-        None => None,
-    };
+    let gradients = if d_x.is_empty() { None } else { Some((Tensor::cat(&d_x, 0)?, d_weight)) };
     Ok(Pass { nll, gradients })
 }
 

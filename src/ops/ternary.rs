@@ -93,6 +93,41 @@ fn reference<'a, const N: usize>(tape: &Tape<'a>, x: &Var, weights: [&Var; N]) -
     }))
 }
 
+/// Q8(x): what ternary maps make of their input.
+pub(super) fn rounded_activations(x: &Tensor) -> Result<Tensor> {
+    let (codes, step) = activation_codes(x)?;
+    codes.broadcast_mul(&step)
+}
+
+/// Ternary products on the way from a model trained in floats: with `blend` lambda, x and W_i are replaced by x + lambda (Q8(x) - x) and
+/// W_i + lambda (Q2(W_i) - W_i), straight through in the backward pass. At 1 it is [`ternary_linears`] itself.
+/// Warm-up of quantization: Mekkouri et al. 2024, "Fine-tuning LLMs to 1.58bit".
+pub fn blended_linears<'a, const N: usize>(tape: &Tape<'a>, x: &Var, weights: [&Var; N], blend: f32) -> Result<[Var; N]> {
+    if blend >= 1.0 {
+        return ternary_linears(tape, x, weights);
+    }
+    let mix = |plain: &Tensor, rounded: Tensor| plain + ((rounded - plain)? * f64::from(blend))?;
+    let mixed_x = mix(x.tensor(), rounded_activations(x.tensor())?)?;
+    let mixed = weights.iter().map(|weight| {
+        let (codes, alpha) = weight_codes(weight.tensor())?;
+        mix(weight.tensor(), codes.broadcast_mul(&alpha)?)
+    });
+    let mixed = mixed.collect::<Result<Vec<Tensor>>>()?;
+    let outputs = mixed.iter().map(|weight| mixed_x.matmul(&weight.t()?)).collect::<Result<Vec<_>>>()?;
+    let outputs: [Tensor; N] = outputs.try_into().expect("one output per weight");
+    let mut inputs = vec![x];
+    inputs.extend(weights);
+    let (target, weights) = (x.target(), weights.map(|weight| weight.target()));
+    Ok(tape.record(&inputs, outputs, move |flow, gradients| {
+        for ((weight, gradient), matrix) in weights.into_iter().zip(gradients).zip(&mixed) {
+            let Some(gradient) = gradient else { continue };
+            flow.add(target, gradient.matmul(matrix)?)?;
+            flow.add(weight, gradient.t()?.matmul(&mixed_x)?)?;
+        }
+        Ok(())
+    }))
+}
+
 /// Rounds half to even: adding and removing 1.5 times two to the number of fraction bits leaves no bits below the point.
 fn round_half_even(x: &Tensor) -> Result<Tensor> {
     let shift = if x.dtype() == DType::F64 { 6_755_399_441_055_744.0 } else { 12_582_912.0 };
@@ -119,6 +154,20 @@ fn weight_codes(weight: &Tensor) -> Result<(Tensor, Tensor)> {
 mod tests {
     use super::*;
     use crate::ops::testing::{check_fused, gaussian};
+
+    /// At 0 the maps are dense, and everything is differentiable; close to 1 they are near the ternary ones.
+    #[test]
+    fn the_blend_leads_from_dense_to_ternary() {
+        let inputs = [gaussian("x", &[7, 40]), gaussian("a", &[20, 40])];
+        crate::ops::testing::check(|tape, v| Ok(blended_linears(tape, &v[0], [&v[1]], 0.0)?[0].clone()), &inputs);
+        let leaves = inputs.map(|tensor| Var::constant(tensor.to_dtype(DType::F32).unwrap()));
+        let at = |blend: f32| {
+            let [y] = blended_linears(&Tape::evaluate(), &leaves[0], [&leaves[1]], blend).unwrap();
+            y.tensor().flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(f64::from).collect::<Vec<_>>()
+        };
+        assert!(crate::ops::testing::distance(&at(1.0 - 1e-6), &at(1.0)) < 1e-5);
+        assert!(crate::ops::testing::distance(&at(0.5), &at(1.0)) > 1e-2);
+    }
 
     /// The straight-through gradient is not the derivative of the rounded function, so the two paths are checked against each other, and
     /// the reference's definition is what the header says.

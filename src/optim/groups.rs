@@ -32,7 +32,7 @@ impl Role {
 }
 
 /// A trainable parameter as the model describes it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct ParameterInfo {
     pub name: String,
     /// Matrices are `[out, in]`; dimensions before those two count independent matrices.
@@ -40,18 +40,26 @@ pub struct ParameterInfo {
     pub role: Role,
     /// Into how many equal parts the rows fall that are matrices of their own (heads of a query, key or value projection).
     pub blocks: usize,
+    /// Its learning rate over that of its group.
+    pub rate: f64,
 }
 
 impl ParameterInfo {
     /// A parameter that is one block.
     pub fn new(name: impl Into<String>, shape: impl Into<Vec<usize>>, role: Role) -> Self {
-        Self { name: name.into(), shape: shape.into(), role, blocks: 1 }
+        Self { name: name.into(), shape: shape.into(), role, blocks: 1, rate: 1.0 }
     }
 
     /// The same with its rows in `blocks` parts, which `optim.spectral.split_heads` makes independent.
     #[must_use]
     pub fn with_blocks(self, blocks: usize) -> Self {
         Self { blocks, ..self }
+    }
+
+    /// The same with a learning rate of its own, `rate` times that of its group.
+    #[must_use]
+    pub fn with_rate(self, rate: f64) -> Self {
+        Self { rate, ..self }
     }
 }
 
@@ -109,7 +117,7 @@ fn assign(config: &Config, parameter: &ParameterInfo) -> Result<Assignment> {
         shape: parameter.shape.clone(),
         role: parameter.role,
         rule,
-        learning_rate_ratio,
+        learning_rate_ratio: learning_rate_ratio * parameter.rate,
         weight_decay,
         state_bytes: size_of::<f32>() * rule.build(config).state_len(&logical_shape),
         logical_shape,

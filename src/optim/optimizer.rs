@@ -5,11 +5,12 @@ use std::collections::BTreeMap;
 use rayon::prelude::*;
 
 use super::clip::{clip_factor, global_norm, scale};
+use super::finch::{self, Decision};
 use super::groups::{Assignment, ParameterInfo, Table};
 use super::reduce::{squared_distance, sum_of_squares};
 use super::rule::{Rule, StepInfo};
 use super::shard::{Piece, pieces};
-use super::{Config, RuleName, elements};
+use super::{Config, RuleName, Schedule, elements};
 use crate::error::{Error, Result};
 
 /// One parameter in one step. The gradient is clipped in place.
@@ -29,6 +30,8 @@ pub struct StepReport {
     pub learning_rate: f64,
     /// How far each parameter moved; empty unless asked for. A rank knows what its own pieces add.
     pub movements: Vec<Movement>,
+    /// What a rate that follows the loss did, under such a schedule.
+    pub decision: Option<Decision>,
 }
 
 /// How far a parameter moved in a step, as sums of squares.
@@ -58,6 +61,8 @@ pub struct Optimizer {
     rank: usize,
     /// One per own piece, in order.
     state: Vec<Vec<f32>>,
+    /// What a schedule that follows the loss remembers.
+    losses: finch::State,
     total_steps: u64,
 }
 
@@ -70,6 +75,8 @@ struct Part<'a> {
     gradient: &'a [f32],
     state: &'a mut [f32],
 }
+/// Name of that among the state tensors; no parameter has it.
+const LOSSES: &str = "schedule.finch.losses";
 
 impl Optimizer {
     /// Assigns `parameters` and allocates their state. A later step expects them in this order.
@@ -89,7 +96,8 @@ impl Optimizer {
         let table = Table::new(config, parameters)?;
         let rules = RuleName::ALL.map(|name| (name, name.build(config))).into();
         let pieces = pieces(&table, ranks);
-        let mut optimizer = Self { config: config.clone(), table, rules, pieces, rank, state: vec![], total_steps };
+        let losses = finch::State::default();
+        let mut optimizer = Self { config: config.clone(), table, rules, pieces, rank, state: vec![], losses, total_steps };
         let lengths = optimizer.own().map(|piece| optimizer.segments(piece).iter().map(|(_, range)| range.len()).sum());
         optimizer.state = lengths.map(|length: usize| vec![0.0; length]).collect();
         Ok(optimizer)
@@ -144,7 +152,8 @@ impl Optimizer {
     fn run(&mut self, step: u64, parameters: &mut [ParameterSlice<'_>], measure: bool) -> Result<StepReport> {
         self.recognize(parameters);
         let gradient_norm = self.clip(parameters)?;
-        let schedule = self.config.schedule.factor(step, self.total_steps);
+        let decision = self.decision();
+        let schedule = self.config.schedule.factor(step, self.total_steps) * decision.map_or(1.0, |decision| decision.factor);
         let (rules, config, total_steps) = (&self.rules, &self.config, self.total_steps);
         let update = |part: Part<'_>| {
             let Part { parameter, row, shape, data, gradient, state } = part;
@@ -169,7 +178,19 @@ impl Optimizer {
             movements[parameter].change += change;
             movements[parameter].size += size;
         }
-        Ok(StepReport { gradient_norm, learning_rate: config.learning_rate * schedule, movements })
+        Ok(StepReport { gradient_norm, learning_rate: config.learning_rate * schedule, movements, decision })
+    }
+
+    /// Tells the loss of the step to come, once per step, to a schedule that follows it; other schedules do not listen.
+    pub fn observe(&mut self, loss: f64) {
+        if let Schedule::Finch(rule) = &self.config.schedule {
+            rule.observe(&mut self.losses, loss);
+        }
+    }
+
+    fn decision(&self) -> Option<Decision> {
+        let Schedule::Finch(rule) = &self.config.schedule else { return None };
+        Some(rule.decide(&self.losses))
     }
 
     fn recognize(&self, parameters: &[ParameterSlice<'_>]) {
@@ -195,14 +216,16 @@ impl Optimizer {
     /// The state by name, `PARAMETER.RULE.SEGMENT`, in the order of the parameters: what a checkpoint must keep besides the step. On one
     /// of several ranks these are its own pieces only; see [`Optimizer::whole_state`].
     pub fn state_tensors(&self) -> impl Iterator<Item = (String, &[f32])> {
-        self.own().zip(&self.state).flat_map(|(piece, state)| {
+        let losses = self.decision().map(|_| (LOSSES.to_owned(), &self.losses[..]));
+        let own = self.own().zip(&self.state).flat_map(|(piece, state)| {
             let mut end = 0;
             self.segments(piece).into_iter().map(move |(name, range)| {
                 let start = end;
                 end += range.len();
                 (name, &state[start..end])
             })
-        })
+        });
+        own.chain(losses)
     }
 
     /// The state of all ranks under the same names, whatever their number. `fetch` is called for every piece of every tensor, in the same
@@ -213,6 +236,7 @@ impl Optimizer {
     pub fn whole_state(&self, mut fetch: impl FnMut(usize, Vec<f32>) -> Result<Vec<f32>>) -> Result<Vec<(String, Vec<f32>)>> {
         let own: BTreeMap<(String, usize), &[f32]> = {
             let starts = self.own().flat_map(|piece| self.segments(piece).into_iter().map(|(_, range)| range.start));
+            // The schedule's memory comes last and has no piece: `zip` ends before it.
             self.state_tensors().zip(starts).map(|((name, values), start)| ((name, start), values)).collect()
         };
         let mut tensors: Vec<(String, Vec<f32>)> = vec![];
@@ -227,6 +251,9 @@ impl Optimizer {
                 }
                 tensors.push((segments[0][segment].0.clone(), whole));
             }
+        }
+        if self.decision().is_some() {
+            tensors.push((LOSSES.to_owned(), self.losses.to_vec()));
         }
         Ok(tensors)
     }
@@ -252,6 +279,10 @@ impl Optimizer {
                 return Err(Error::input(name, "optimizer state is there twice"));
             }
         }
+        let losses = self.decision().map(|_| found.remove(LOSSES).and_then(|values| finch::State::try_from(values).ok()));
+        if losses == Some(None) {
+            return Err(Error::input(LOSSES, "the smoothed loss is missing").fix(SAME_RECIPE));
+        }
         let mut state: Vec<Vec<f32>> = self.state.iter().map(|state| Vec::with_capacity(state.len())).collect();
         let mut own = 0..;
         for pieces in self.pieces.chunk_by(|a, b| a.parameter == b.parameter) {
@@ -271,6 +302,7 @@ impl Optimizer {
             return Err(Error::input(name, "optimizer state belongs to no parameter of this run").fix(SAME_RECIPE));
         }
         self.state = state;
+        self.losses = losses.flatten().unwrap_or_default();
         Ok(())
     }
 }
@@ -435,6 +467,34 @@ mod tests {
         for (piece, state) in again.own().zip(&again.state) {
             let whole_row = one.own().zip(&one.state).find(|(other, _)| other.parameter == piece.parameter).unwrap().1;
             assert_eq!(state[..piece.range.len()], whole_row[piece.range.clone()]);
+        }
+    }
+
+    /// Every rule moves by what the loss-adaptive rate says, and a resumed run goes on as if it had never stopped.
+    #[test]
+    fn a_rate_that_follows_the_loss_works_with_every_rule_and_resumes() {
+        let losses = [4.0, 3.0, 0.09, 0.01, 2.0, 5.0];
+        for rule in RuleName::ALL {
+            let config = Config { rule, schedule: Schedule::Finch(crate::optim::Finch::default()), ..Config::default() };
+            let step = |optimizer: &mut Optimizer, run: &mut Run, at: usize| {
+                optimizer.observe(losses[at]);
+                run.gradient = Run::new().gradient;
+                optimizer.step(at as u64, &mut run.slices()).unwrap()
+            };
+            let (mut run, mut whole) = (Run::new(), optimizer(&config));
+            let reports: Vec<StepReport> = (0..6).map(|at| step(&mut whole, &mut run, at)).collect();
+            assert!((reports[0].learning_rate - config.learning_rate / 2.0).abs() < 1e-9, "{rule:?}");
+            assert!(reports[2].learning_rate > reports[0].learning_rate && reports.iter().all(|report| report.decision.is_some()));
+
+            let (mut again, mut first) = (Run::new(), optimizer(&config));
+            (0..3).for_each(|at| drop(step(&mut first, &mut again, at)));
+            let saved: Vec<(String, Vec<f32>)> = first.state_tensors().map(|(name, values)| (name, values.to_vec())).collect();
+            let mut second = optimizer(&config);
+            second.load_state(saved.iter().map(|(name, values)| (name.as_str(), values.as_slice()))).unwrap();
+            let later: Vec<StepReport> = (3..6).map(|at| step(&mut second, &mut again, at)).collect();
+            assert_eq!((later, again.data), (reports[3..].to_vec(), run.data), "{rule:?}");
+            let without = saved.iter().filter(|(name, _)| name != LOSSES).map(|(name, values)| (name.as_str(), values.as_slice()));
+            assert!(second.load_state(without).unwrap_err().to_string().contains("smoothed loss is missing"));
         }
     }
 

@@ -1,9 +1,10 @@
-//! The learning rate's factor as a pure function of the step.
+//! The learning rate's factor as a pure function of the step (the part of `finch` that follows the loss is in its own file).
 //! warm-up: (step + 1) / warmup. Decay: from 1 at its first step towards `final_fraction`, which it would reach at `total`; the last
 //! step therefore still learns when that fraction is zero. Between the two, and before any decay, the factor is 1.
 
 use serde::{Deserialize, Serialize};
 
+use super::finch::Finch;
 use crate::error::{Error, Result};
 
 /// `[optim.schedule]`: one key names the form, for example `cosine = { warmup = { steps = 100 }, final_fraction = 0.1 }`.
@@ -18,6 +19,8 @@ pub enum Schedule {
     Linear(Decay),
     /// Warm up, then stay.
     Constant(Constant),
+    /// Warm up; the rate then follows the loss.
+    Finch(Finch),
 }
 
 /// Warm-up, plateau, linear decay.
@@ -100,7 +103,7 @@ impl Schedule {
             return (step + 1) as f64 / warmup as f64;
         }
         match self {
-            Self::Constant(_) => 1.0,
+            Self::Constant(_) | Self::Finch(_) => 1.0,
             Self::Wsd(wsd) => {
                 let start = total.saturating_sub(wsd.decay.steps(total)).max(warmup);
                 mix(1.0 - progress(step, start, total), wsd.final_fraction)
@@ -115,7 +118,8 @@ impl Schedule {
             Self::Wsd(Wsd { warmup, .. })
             | Self::Cosine(Decay { warmup, .. })
             | Self::Linear(Decay { warmup, .. })
-            | Self::Constant(Constant { warmup }) => *warmup,
+            | Self::Constant(Constant { warmup })
+            | Self::Finch(Finch { warmup, .. }) => *warmup,
         }
     }
 
@@ -128,6 +132,10 @@ impl Schedule {
             Self::Wsd(wsd) => (Some(wsd.decay), wsd.final_fraction),
             Self::Cosine(decay) | Self::Linear(decay) => (None, decay.final_fraction),
             Self::Constant(_) => (None, 1.0),
+            Self::Finch(finch) => {
+                finch.check()?;
+                (None, 1.0)
+            }
         };
         let fractions = [Some(self.warmup()), decay].into_iter().flatten().filter_map(|span| match span {
             Span::Fraction(fraction) => Some(fraction),

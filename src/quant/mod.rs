@@ -4,6 +4,7 @@
 mod bf16;
 mod f16;
 mod f32;
+pub mod nf4;
 mod q4_0;
 mod q4_k;
 mod q6_k;

@@ -20,8 +20,8 @@ pub enum Scheme {
 const LEVELS: f32 = 15.0;
 
 /// A copy of `parameters` with every block matrix rounded to 4 bits.
-pub fn round_weights(spec: &Spec, parameters: &Parameters) -> Result<Parameters> {
-    let copy = parameters.duplicate(spec)?;
+pub fn round_weights(parameters: &Parameters) -> Result<Parameters> {
+    let copy = parameters.duplicate()?;
     for parameter in copy.list() {
         // EmbProj folds into embedding and head, which stay in 16 bits.
         let folded = parameter.name.ends_with("_projection.weight");

@@ -1,12 +1,15 @@
 //! From a recipe to a run: opens the data, resolves the model, and gathers what the training loop needs.
 
 use super::{CacheConfig, Recipe, to_toml};
+use crate::data::config::TokenizerConfig;
 use crate::data::loader::Shape;
 use crate::data::{Batch, Cursor, Dataset, Loader};
 use crate::error::{Error, Result};
+use crate::export::Target;
 use crate::export::config::SpecialIds;
-use crate::model::{Spec, flops};
+use crate::model::{LinearKind, Spec, flops};
 use crate::train::dist::Ranks;
+use crate::train::finetune::{self, Finetune};
 use crate::train::{Feed, Setup};
 use candle_core::Device;
 use std::path::{Path, PathBuf};
@@ -28,25 +31,64 @@ impl Recipe {
         self.optim.check(self.train.steps)?;
         self.export.targets()?;
         self.validate.cache.as_ref().map(CacheConfig::options).transpose()?;
-        Ok(())
+        if let Some(finetune) = &self.finetune {
+            finetune.check()?;
+        }
+        self.origin().map(drop)
     }
+
+    /// Where the model comes from.
+    pub fn origin(&self) -> Result<Origin<'_>> {
+        match (&self.model, &self.finetune) {
+            (Some(model), None) => Ok(Origin::Fresh(model)),
+            (None, Some(finetune)) => Ok(Origin::Base(finetune)),
+            (None, None) => Err(Error::input("recipe", "neither `model` nor `finetune` is there")
+                .fix("add a table `[model]` to train from the start, or `[finetune]` with a base")),
+            (Some(_), Some(_)) => Err(Error::input("model", "a fine-tuning run has the model of its base")
+                .fix("remove [model]; finetune.context and finetune.activation_checkpointing say what else there is to say")),
+        }
+    }
+}
+
+/// Where a run's model comes from.
+#[derive(Clone, Copy, Debug)]
+pub enum Origin<'r> {
+    /// Drawn at random.
+    Fresh(&'r crate::model::Config),
+    /// Trained before.
+    Base(&'r finetune::Config),
+}
+
+/// What the rest of a run needs to know of its model.
+struct Start {
+    spec: Spec,
+    row_tokens: usize,
+    activation_checkpointing: bool,
+    finetune: Option<Finetune>,
 }
 
 /// Opens the data (building shards on the first use), resolves the model and checks that every export the recipe asks for is possible.
 /// `notes` hears what takes time.
-pub fn assemble(recipe: Recipe, recipe_path: &Path, device: Device, notes: &mut dyn FnMut(&str)) -> Result<Assembled> {
+pub fn assemble(mut recipe: Recipe, recipe_path: &Path, device: Device, notes: &mut dyn FnMut(&str)) -> Result<Assembled> {
     recipe.check()?;
     let folder = recipe_path.parent().unwrap_or(Path::new("."));
+    let finetune = recipe.finetune.as_ref().map(|config| Finetune::open(config, folder)).transpose()?;
+    if let Some(finetune) = &finetune {
+        recipe.data.tokenizer = base_tokenizer(&recipe, finetune)?;
+    }
     let dataset = Dataset::open(&recipe.data, folder, notes)?;
-    let spec = recipe.model.resolve(dataset.tokenizer.vocabulary())?;
+    let start = start(&recipe, finetune, &dataset)?;
+    let spec = start.spec;
     if device.is_cpu() {
-        check_memory(&spec, &recipe)?;
+        check_memory(&spec, start.row_tokens, start.finetune.as_ref(), &recipe)?;
     }
     for target in recipe.export.targets()? {
-        crate::export::plan::plan(&spec, target)?;
+        check_target(&spec, start.finetune.as_ref(), target)?;
     }
+    let own_ids = SpecialIds { bos: dataset.tokenizer.bos(), eos: dataset.tokenizer.eos() };
     let setup = Setup {
-        activation_checkpointing: recipe.model.activation_checkpointing,
+        row_tokens: start.row_tokens,
+        activation_checkpointing: start.activation_checkpointing,
         train: recipe.train.clone(),
         eval: recipe.eval.clone(),
         optim: recipe.optim.clone(),
@@ -58,24 +100,94 @@ pub fn assemble(recipe: Recipe, recipe_path: &Path, device: Device, notes: &mut 
         reference: !device.is_cpu(),
         device,
         recipe: to_toml(&recipe)?,
-        special_ids: SpecialIds { bos: dataset.tokenizer.bos(), eos: dataset.tokenizer.eos() },
-        tokenizer_files: dataset.tokenizer.files(),
+        special_ids: start.finetune.as_ref().map_or(own_ids, Finetune::ids),
+        tokenizer_files: dataset.tokenizer_files(),
+        finetune: start.finetune,
         spec,
     };
     Ok(Assembled { recipe, dataset, setup })
 }
 
+fn start(recipe: &Recipe, finetune: Option<Finetune>, dataset: &Dataset) -> Result<Start> {
+    match (recipe.origin()?, finetune) {
+        (Origin::Fresh(model), _) => {
+            let spec = model.resolve(dataset.tokenizer.vocabulary())?;
+            Ok(Start { row_tokens: spec.context, activation_checkpointing: model.activation_checkpointing, finetune: None, spec })
+        }
+        (Origin::Base(config), Some(finetune)) => {
+            let (tokens, rows) = (dataset.tokenizer.vocabulary(), finetune.spec.vocab);
+            if tokens > rows {
+                return Err(Error::input("data.tokenizer", format!("has {tokens} tokens, the base's embedding {rows} rows"))
+                    .fix("leave data.tokenizer out, which takes the base's own"));
+            }
+            Ok(Start {
+                row_tokens: finetune.row_tokens(),
+                activation_checkpointing: config.activation_checkpointing,
+                spec: finetune.spec.clone(),
+                finetune: Some(finetune),
+            })
+        }
+        (Origin::Base(_), None) => unreachable!("a recipe with a base was opened with it"),
+    }
+}
+
+/// The base's own tokenizer, as a folder; a recipe may name another one that fits, by file.
+fn base_tokenizer(recipe: &Recipe, finetune: &Finetune) -> Result<TokenizerConfig> {
+    let asked = &recipe.data.tokenizer;
+    if *asked != TokenizerConfig::Byte {
+        return match asked {
+            TokenizerConfig::File(_) => Ok(asked.clone()),
+            _ => Err(Error::input("data.tokenizer", "would make a new tokenizer, which the base was not trained with")
+                .fix("leave data.tokenizer out, which takes the base's own")),
+        };
+    }
+    if finetune.base.join("tokenizer.json").is_file() {
+        return Ok(TokenizerConfig::File(finetune.base.clone()));
+    }
+    let Some(tokenizer) = &finetune.loaded.tokenizer else {
+        return Err(Error::file(&finetune.base, "has no tokenizer").fix("name one with data.tokenizer.file"));
+    };
+    // A GGUF file holds its tokenizer inside.
+    let folder = recipe.data.cache.join(format!("tokenizer-{}", tokenizer.fingerprint()));
+    if !folder.join("tokenizer.json").is_file() {
+        std::fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
+        tokenizer.save(&folder)?;
+    }
+    Ok(TokenizerConfig::File(folder))
+}
+
+/// Refuses an artifact that cannot be made, before training.
+fn check_target(spec: &Spec, finetune: Option<&Finetune>, target: Target) -> Result<()> {
+    let adapts = finetune.is_some_and(|finetune| finetune.config.lora.is_some());
+    if target == Target::Peft && adapts {
+        return Ok(());
+    }
+    // An adapter leaves a ternary base only as a dense model, unless the format packs codes.
+    let dense = adapts && spec.linear == LinearKind::Ternary && !target.packs_ternary();
+    let spec = if dense { &Spec { linear: LinearKind::Dense, ..spec.clone() } } else { spec };
+    crate::export::plan::plan(spec, target).map(drop)
+}
+
 /// Refuses a run that cannot fit into this machine: what would end in the middle of the first step is said before it.
-fn check_memory(spec: &Spec, recipe: &Recipe) -> Result<()> {
+fn check_memory(spec: &Spec, row_tokens: usize, finetune: Option<&Finetune>, recipe: &Recipe) -> Result<()> {
     let Some(total) = machine_memory() else { return Ok(()) };
-    let needed = flops::training_bytes(spec, recipe.train.batch, 0, recipe.model.activation_checkpointing);
+    let checkpointing = recipe.finetune.as_ref().map_or_else(
+        || recipe.model.as_ref().is_some_and(|model| model.activation_checkpointing),
+        |finetune| finetune.activation_checkpointing,
+    );
+    let rows = Spec { context: row_tokens, ..spec.clone() };
+    // A frozen weight has no gradient, and may lie in a file.
+    let needed = match finetune.is_some_and(|finetune| finetune.config.lora.is_some()) {
+        true => flops::activation_bytes(&rows, recipe.train.batch, checkpointing),
+        false => flops::training_bytes(&rows, recipe.train.batch, 0, checkpointing),
+    };
     // The estimate is not exact; only what is certain is refused.
     if (needed as f64) * 0.8 <= total as f64 {
         return Ok(());
     }
     let cause = format!("weights, gradients and activations need about {} GB, this machine has {} GB", needed >> 30, total >> 30);
     Err(Error::input("train.batch", cause)
-        .fix("lower train.batch and raise train.accumulate, set model.activation_checkpointing = true, or choose a smaller model"))
+        .fix("lower train.batch and raise train.accumulate, set activation_checkpointing = true, or choose a smaller model"))
 }
 
 /// Bytes of main memory; nothing where the system does not tell.
@@ -89,7 +201,7 @@ impl Assembled {
     /// Training batches from the start, or from where a checkpoint stopped.
     pub fn feed(&self, cursor: Option<&Cursor>) -> Result<Batches> {
         let (rank, ranks) = (self.setup.ranks.rank(), self.setup.ranks.size());
-        let shape = Shape { rows: self.recipe.train.batch / ranks, context: self.setup.spec.context, rank, ranks };
+        let shape = Shape { rows: self.recipe.train.batch / ranks, context: self.setup.row_tokens, rank, ranks };
         let loader = Loader::start(&self.dataset, shape, self.recipe.run.seed, cursor)?;
         Ok(Batches { loader, accumulate: self.recipe.train.accumulate })
     }
@@ -97,7 +209,7 @@ impl Assembled {
     /// Held-out batches, the same at every evaluation.
     pub fn validation(&self) -> Vec<Arc<Batch>> {
         let most = (self.recipe.eval.rows > 0).then_some(self.recipe.eval.rows);
-        self.dataset.validation_batches(self.recipe.train.batch, self.setup.spec.context, most)
+        self.dataset.validation_batches(self.recipe.train.batch, self.setup.row_tokens, most)
     }
 }
 

@@ -5,12 +5,23 @@ use crate::export::Target;
 use crate::infer::cache::Options;
 use serde::{Deserialize, Serialize};
 
+/// What merging an adapter into a ternary base may cost by default, nats per token: as much as other losses of an export.
+pub const MERGE_LIMIT: f64 = 0.05;
+
 /// Artifacts to write from the last checkpoint, into `RUN/export/`.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ExportConfig {
     /// Names as of `osprey export --format`.
     pub formats: Vec<String>,
+    /// The most nats per token that merging an adapter into a ternary base may cost, on held-out documents.
+    pub merge_limit: f64,
+}
+
+impl Default for ExportConfig {
+    fn default() -> Self {
+        Self { formats: Vec::new(), merge_limit: MERGE_LIMIT }
+    }
 }
 
 impl ExportConfig {

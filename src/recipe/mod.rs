@@ -12,8 +12,8 @@ pub mod run;
 mod schema;
 mod suggest;
 
-pub use assemble::{Assembled, Batches, assemble, device};
-pub use finish::{CacheConfig, ExportConfig, ValidateConfig};
+pub use assemble::{Assembled, Batches, Origin, assemble, device};
+pub use finish::{CacheConfig, ExportConfig, MERGE_LIMIT, ValidateConfig};
 pub use load::{load, parse, to_toml};
 pub use schema::keys;
 
@@ -24,7 +24,12 @@ use serde::{Deserialize, Serialize};
 #[serde(deny_unknown_fields)]
 pub struct Recipe {
     pub run: run::Config,
-    pub model: crate::model::Config,
+    /// The model to build; a fine-tuning run has its base's instead.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<crate::model::Config>,
+    /// The model to start from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub finetune: Option<crate::train::finetune::Config>,
     pub data: crate::data::Config,
     #[serde(default)]
     pub optim: crate::optim::Config,
@@ -37,4 +42,7 @@ pub struct Recipe {
     pub export: ExportConfig,
     #[serde(default)]
     pub validate: ValidateConfig,
+    /// What `osprey bench finetune` measures and compares.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub forgetting: Option<crate::validate::forgetting::Config>,
 }

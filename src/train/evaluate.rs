@@ -18,7 +18,7 @@ use std::sync::Arc;
 #[derive(Clone, Debug)]
 pub struct Evaluation {
     pub loss: f64,
-    /// Ternary faces: the deployed arithmetic, with EmbProj folded and embedding and head rounded to f16. Dense faces: W4A4KV4.
+    /// Adapters: the loss itself, since they stay beside their base. Ternary faces: the deployed arithmetic, with EmbProj folded and embedding and head rounded to f16. Dense faces: W4A4KV4.
     pub loss_quantized: f64,
     /// W4A4, for dense faces.
     pub loss_w4a4: Option<f64>,
@@ -32,12 +32,16 @@ pub fn evaluate(decoder: &Decoder, parameters: &Parameters, batches: &[Arc<Batch
     let statistics = Statistics::default();
     let loss = mean_loss(decoder, parameters, batches, Some(&statistics))?;
     let spec = decoder.spec();
+    if parameters.adapter().is_some() {
+        // An adapter is deployed as it was trained: beside its base, in whatever bits that is.
+        return Ok(Evaluation { loss, loss_quantized: loss, loss_w4a4: None, statistics, zero_fraction: None });
+    }
     if spec.linear == LinearKind::Ternary {
         let (deployed, folded) = deployed(spec, parameters)?;
         let loss_quantized = mean_loss(&Decoder::new(deployed, false), &folded, batches, None)?;
         return Ok(Evaluation { loss, loss_quantized, loss_w4a4: None, statistics, zero_fraction: Some(zero_fraction(parameters)?) });
     }
-    let rounded = round_weights(spec, parameters)?;
+    let rounded = round_weights(parameters)?;
     let under = |scheme| mean_loss(decoder, &rounded, batches, Some(&RoundActivations::new(spec, scheme)));
     Ok(Evaluation { loss, loss_quantized: under(Scheme::W4A4Kv4)?, loss_w4a4: Some(under(Scheme::W4A4)?), statistics, zero_fraction: None })
 }
@@ -75,7 +79,7 @@ fn mean_loss(decoder: &Decoder, parameters: &Parameters, batches: &[Arc<Batch>],
         let tape = Tape::evaluate();
         let hidden = decoder.hidden(&tape, parameters, &step::inputs(batch), observer)?;
         let targets = Targets { ids: &batch.targets, weights: &batch.weights, scale: 1.0, z_loss: 0.0 };
-        sum += linear_cross_entropy(&tape, &hidden, &decoder.head(parameters), targets)?.weighted_nll;
+        sum += linear_cross_entropy(&tape, &hidden, &decoder.head(parameters)?, targets)?.weighted_nll;
     }
     Ok(sum / step::weight(batches))
 }

@@ -6,7 +6,7 @@ use super::step;
 use crate::checkpoint::{self, Payload};
 use crate::data::Batch;
 use crate::error::{Error, Result};
-use crate::model::{Decoder, GradientBuffers};
+use crate::model::GradientBuffers;
 use crate::ops::host::host;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
@@ -55,7 +55,7 @@ pub fn replay(setup: &Setup, path: &Path) -> Result<Replay> {
         );
     }
     let parameters = read_weights(setup, &saved)?;
-    let decoder = Decoder::new(setup.spec.clone(), setup.activation_checkpointing);
+    let decoder = setup.decoder().blended(setup.blend(saved.step()));
     let mut gradients = GradientBuffers::new(&parameters)?;
     let loss = step::gradients(&decoder, &parameters, &batches, setup.train.z_loss, setup.reference, &mut gradients)?;
     let norm = |index: usize| -> Result<f64> {
@@ -73,7 +73,7 @@ fn is_sound(batch: &Batch, setup: &Setup) -> bool {
     let known = |ids: &[u32]| ids.iter().all(|&id| (id as usize) < setup.spec.vocab);
     let in_row = |values: &[u32]| values.iter().all(|&at| (at as usize) < batch.context);
     lengths == [tokens; 5]
-        && batch.context <= setup.spec.context
+        && batch.context <= setup.row_tokens
         && known(&batch.inputs)
         && known(&batch.targets)
         && in_row(&batch.positions)

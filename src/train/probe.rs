@@ -15,7 +15,7 @@ use std::sync::Arc;
 /// # Errors
 /// Names the first parameter whose gradient is missing, zero or not finite.
 pub fn prove_gradients(decoder: &Decoder, parameters: &Parameters, batches: &[Arc<Batch>], reference: bool) -> Result<()> {
-    let probe = perturbed(decoder, parameters)?;
+    let probe = perturbed(parameters)?;
     let mut gradients = GradientBuffers::new(&probe)?;
     super::step::gradients(decoder, &probe, batches, 0.0, reference, &mut gradients)?;
     let all = gradients.flat().to_device(&candle_core::Device::Cpu)?;
@@ -31,8 +31,8 @@ pub fn prove_gradients(decoder: &Decoder, parameters: &Parameters, batches: &[Ar
 }
 
 /// A copy in which parameters that are zero everywhere hold small random values.
-fn perturbed(decoder: &Decoder, parameters: &Parameters) -> Result<Parameters> {
-    let copy = parameters.duplicate(decoder.spec())?;
+fn perturbed(parameters: &Parameters) -> Result<Parameters> {
+    let copy = parameters.duplicate()?;
     for parameter in copy.list() {
         let value = parameter.value().to_device(&candle_core::Device::Cpu)?;
         if host(&value)?.iter().any(|&x| x != 0.0) {

@@ -8,8 +8,9 @@ use super::state::State;
 use super::{Config, Setup, failure, step};
 use crate::data::{Batch, Cursor};
 use crate::error::{Error, Result};
-use crate::model::{Decoder, GradientBuffers};
-use crate::optim::StepReport;
+use crate::model::{Decoder, GradientBuffers, Parameters};
+use crate::ops::frozen::Frozen;
+use crate::optim::{Decision, StepReport};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -58,7 +59,7 @@ pub fn run(
     stop: &AtomicBool,
     monitor: &mut dyn Monitor,
 ) -> Result<Outcome> {
-    let decoder = Decoder::new(setup.spec.clone(), setup.activation_checkpointing);
+    let decoder = setup.decoder();
     let saved = state.saved.take().map(|path| (state.step, path));
     let buckets = Buckets::new(&state.parameters);
     let mut run =
@@ -72,6 +73,7 @@ pub fn run(
         if state.step == 0 {
             prove_gradients(&decoder, &state.parameters, &batches, setup.reference)?;
             monitor.note(&format!("gradient proof: all {} parameters receive a finite, non-zero gradient", state.parameters.list().len()));
+            note_frozen(&state.parameters, monitor);
         }
         run.step(&mut state, &batches, &mut gradients, stop, monitor)?;
         run.look_and_save(&mut state, &feed.cursor(), stop, monitor)?;
@@ -137,8 +139,9 @@ impl Run<'_> {
         monitor: &mut dyn Monitor,
     ) -> Result<()> {
         let Setup { reference, ref ranks, .. } = *self.setup;
+        let decoder = self.decoder.blended(self.setup.blend(state.step));
         let pass = step::Pass {
-            decoder: self.decoder,
+            decoder: &decoder,
             parameters: &state.parameters,
             z_loss: self.config().z_loss,
             reference,
@@ -149,6 +152,7 @@ impl Run<'_> {
         self.told_to_stop = stop;
         let number = state.step + 1;
         let logged = number.is_multiple_of(self.config().log_every) || number == self.config().steps || number == 1;
+        state.optimizer.observe(loss);
         let updated = if loss.is_finite() {
             step::update_on(ranks, &mut state.optimizer, state.step, &state.parameters, gradients, logged)
         } else {
@@ -160,6 +164,12 @@ impl Run<'_> {
         monitor.stepped(number, loss);
         if logged {
             self.log(state, loss, &report, monitor)?;
+        } else if let Some(decision) = report.decision {
+            // Every decision of a rate that follows the loss is on record, but not on the screen.
+            let record = Record::new(number).with("loss", loss).with("lr", report.learning_rate);
+            if let Some(metrics) = &mut state.metrics {
+                metrics.write(&with_decision(record, decision))?;
+            }
         }
         Ok(())
     }
@@ -176,6 +186,12 @@ impl Run<'_> {
         if !self.setup.ranks.is_alone() {
             let share = self.setup.ranks.take_waited().as_secs_f64() / self.window.since.elapsed().as_secs_f64().max(1e-9);
             record.put("exposed_communication", share);
+        }
+        if let Some(decision) = report.decision {
+            record = with_decision(record, decision);
+        }
+        if self.setup.blend(state.step - 1) < 1.0 {
+            record.put("ternary_blend", self.setup.blend(state.step - 1));
         }
         self.write(state, &record, monitor)?;
         self.window = Window::new();
@@ -224,6 +240,23 @@ impl Run<'_> {
         }
         Ok(path)
     }
+}
+
+fn with_decision(record: Record, decision: Decision) -> Record {
+    record
+        .with("finch_smoothed_loss", decision.smoothed_loss)
+        .with("finch_factor", decision.factor)
+        .with("finch_limited", u64::from(decision.limited))
+}
+
+/// What a frozen base takes beside what is trained.
+fn note_frozen(parameters: &Parameters, monitor: &mut dyn Monitor) {
+    if parameters.frozen().is_empty() {
+        return;
+    }
+    let frozen: usize = parameters.frozen().values().map(Frozen::bytes).sum();
+    let (trained, megabytes) = (parameters.total(), frozen as f64 / 1e6);
+    monitor.note(&format!("{trained} weights are trained; the frozen base takes {megabytes:.1} MB and nothing else"));
 }
 
 fn evaluation_record(step: u64, evaluation: &Evaluation) -> Record {

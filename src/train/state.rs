@@ -8,14 +8,15 @@ use crate::checkpoint::{self, Checkpoint, Meta, Payload};
 use crate::data::Cursor;
 use crate::error::{Error, Result};
 use crate::export::config::config_json;
-use crate::model::{Parameters, init::initialize};
+use crate::export::peft;
+use crate::model::Parameters;
 use crate::ops::cpu::isa::isa;
 use crate::ops::host::host;
 use crate::optim::Optimizer;
 use candle_core::Tensor;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-const WEIGHTS: &str = "model.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
 const CURSOR: &str = "data_cursor.json";
 
@@ -38,7 +39,7 @@ pub struct State {
 impl State {
     /// The start of a run.
     pub fn fresh(setup: &Setup) -> Result<Self> {
-        let parameters = initialize(&setup.spec, setup.seed, &setup.device)?;
+        let parameters = setup.parameters()?;
         Self::with(setup, 0, parameters, |_| Ok(()))
     }
 
@@ -86,8 +87,9 @@ impl State {
             return Ok(folder.join(checkpoint::folder_name(self.step)));
         }
         let weights = host_tensors(&self.parameters)?;
+        let prefix = prefix(setup);
         let borrowed = weights.iter().map(|(name, tensor)| Ok((name, tensor.dims(), host(tensor)?))).collect::<Result<Vec<_>>>()?;
-        let weights = borrowed.iter().map(|(name, shape, data)| checkpoint::Tensor::new(*name, shape, data)).collect();
+        let weights = borrowed.iter().map(|(name, shape, data)| checkpoint::Tensor::new(format!("{prefix}{name}"), shape, data)).collect();
         let state: Vec<(String, &[f32])> = if setup.ranks.is_alone() {
             self.optimizer.state_tensors().collect()
         } else {
@@ -95,11 +97,13 @@ impl State {
         };
         let mut state: Vec<_> = state.iter().map(|(name, values)| checkpoint::Tensor::new(name, &[values.len()], values)).collect();
         state.sort_by(|a, b| a.name.cmp(&b.name));
-        let mut files = vec![
-            ("config.json".to_owned(), Payload::json(&config_json(&setup.spec, setup.special_ids))),
-            (WEIGHTS.to_owned(), Payload::Tensors(weights)),
-            (OPTIMIZER.to_owned(), Payload::Tensors(state)),
-        ];
+        let adapter = setup.finetune.as_ref().and_then(|finetune| finetune.adapter_config());
+        let config = match &adapter {
+            Some(adapter) => (peft::CONFIG.to_owned(), Payload::json(adapter)),
+            None => ("config.json".to_owned(), Payload::json(&config_json(&setup.spec, setup.special_ids))),
+        };
+        let mut files =
+            vec![config, (setup.weights_file().to_owned(), Payload::Tensors(weights)), (OPTIMIZER.to_owned(), Payload::Tensors(state))];
         files.extend(setup.tokenizer_files.iter().map(|(name, text)| (name.clone(), Payload::text(text.clone()))));
         files.extend(extra);
         let meta = Meta {
@@ -107,7 +111,7 @@ impl State {
             instruction_path: isa().to_string(),
             recipe: setup.recipe.clone(),
             val_loss_quantized,
-            ..Meta::default()
+            extra: base_of(setup),
         };
         checkpoint::save(folder, self.step, files, meta)
     }
@@ -126,12 +130,40 @@ impl State {
 
 /// The weights in a checkpoint of a model of shape `spec`.
 pub(super) fn read_weights(setup: &Setup, saved: &Checkpoint) -> Result<Parameters> {
-    let tensors = saved
-        .tensors(WEIGHTS)?
+    check_base(setup, saved)?;
+    let prefix = prefix(setup);
+    let tensors: BTreeMap<String, Tensor> = saved
+        .tensors(setup.weights_file())?
         .into_iter()
-        .map(|(name, (shape, values))| Ok((name, Tensor::from_vec(values, shape, &candle_core::Device::Cpu)?)))
+        .map(|(name, (shape, values))| {
+            Ok((name.strip_prefix(prefix).unwrap_or(&name).to_owned(), Tensor::from_vec(values, shape, &candle_core::Device::Cpu)?))
+        })
         .collect::<Result<_>>()?;
-    Parameters::from_tensors(&setup.spec, &tensors, &setup.device).map_err(|error| {
+    let parameters = match setup.trains_adapter() {
+        true => setup.parameters()?,
+        false => Parameters::zeros(&setup.spec, &setup.device)?,
+    };
+    parameters.fill(&tensors).map(|()| parameters).map_err(|error| {
         Error::file(saved.dir(), error).fix("use the recipe that wrote the checkpoint, or --resume never with another run.dir")
     })
+}
+
+/// PEFT names modules from the wrapped model down.
+fn prefix(setup: &Setup) -> &'static str {
+    if setup.trains_adapter() { peft::PREFIX } else { "" }
+}
+
+/// What an adapter's checkpoint says of its base.
+fn base_of(setup: &Setup) -> serde_json::Map<String, serde_json::Value> {
+    let finetune = setup.finetune.as_ref().filter(|_| setup.trains_adapter());
+    finetune.map(|finetune| (peft::BASE_FINGERPRINT.to_owned(), peft::fingerprint(&finetune.loaded).into())).into_iter().collect()
+}
+
+fn check_base(setup: &Setup, saved: &Checkpoint) -> Result<()> {
+    let now = base_of(setup);
+    match (now.get(peft::BASE_FINGERPRINT), saved.manifest().extra.get(peft::BASE_FINGERPRINT)) {
+        (Some(now), Some(then)) if now != then => Err(Error::file(saved.dir(), "was trained on another base than finetune.base names now")
+            .fix("put the base back, or choose another run.dir")),
+        _ => Ok(()),
+    }
 }

@@ -115,7 +115,7 @@ impl Pass<'_> {
 pub fn parameter_infos(parameters: &Parameters, heads: usize, kv_heads: usize) -> Vec<ParameterInfo> {
     let describe = |p: &crate::model::Parameter| {
         let role = match p.role {
-            Role::Hidden => crate::optim::Role::HiddenMatrix,
+            Role::Hidden | Role::Adapter => crate::optim::Role::HiddenMatrix,
             Role::Embedding => crate::optim::Role::Embedding,
             Role::Head => crate::optim::Role::Head,
             Role::Gain => crate::optim::Role::Gain,
@@ -125,7 +125,9 @@ pub fn parameter_infos(parameters: &Parameters, heads: usize, kv_heads: usize) -
             Some("k_proj" | "v_proj") => kv_heads,
             _ => 1,
         };
-        ParameterInfo::new(p.name.clone(), p.shape.clone(), role).with_blocks(blocks)
+        let part = p.name.match_indices('.').rev().nth(1).map_or("", |(at, _)| &p.name[at + 1..]);
+        let rate = parameters.adapter().map_or(1.0, |adapter| adapter.rate(part));
+        ParameterInfo::new(p.name.clone(), p.shape.clone(), role).with_blocks(blocks).with_rate(rate)
     };
     parameters.list().iter().map(describe).collect()
 }

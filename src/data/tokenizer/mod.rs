@@ -10,6 +10,7 @@ mod stream;
 use crate::error::{Error, Result};
 use rayon::prelude::*;
 use serde_json::Value;
+use std::ops::Range;
 use std::path::Path;
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -178,6 +179,29 @@ impl Tokenizer {
             pieces.par_iter().map(|piece| self.encode_piece(piece)).collect::<Result<_>>()?
         };
         Ok(ids.concat())
+    }
+
+    /// [`Tokenizer::encode`] with the bytes of `text` that each token stands for. White space that a token swallowed without saying so
+    /// counts as its own; tokens that share a character share its bytes.
+    pub fn encode_with_places(&self, text: &str) -> Result<Vec<(u32, Range<usize>)>> {
+        let encoding = self.inner.encode(text, false).map_err(|error| Error::input("tokenizer", format!("cannot encode: {error}")))?;
+        self.check_spelled(text, encoding.get_ids())?;
+        let mut before = 0;
+        let place = |(&id, &(start, end)): (&u32, &(usize, usize))| {
+            let range = start.min(before)..end.max(before);
+            before = range.end;
+            (id, range)
+        };
+        Ok(encoding.get_ids().iter().zip(encoding.get_offsets()).map(place).collect())
+    }
+
+    /// How the control tokens are spelled, by id.
+    pub fn special_pieces(&self) -> Vec<String> {
+        let tokens = self.inner.get_added_vocabulary().get_added_tokens_decoder();
+        let mut special: Vec<(u32, String)> =
+            tokens.iter().filter(|(_, token)| token.special).map(|(&id, token)| (id, token.content.clone())).collect();
+        special.sort_unstable();
+        special.into_iter().map(|(_, piece)| piece).collect()
     }
 
     /// [`Tokenizer::encode`] for many documents on all cores.

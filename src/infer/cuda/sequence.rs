@@ -27,7 +27,7 @@ impl<'m, D: Device> CudaSequence<'m, D> {
     /// When the device's memory is too small, or the options ask for what the kernels do not have.
     pub(super) fn new(model: &'m CudaModel<D>, options: &Options, capacity: usize) -> Result<Self> {
         let (spec, device, pass) = (&model.spec, &model.device, CHUNK.min(capacity).max(1));
-        let table = RotaryTable::new(spec.head_dim, spec.rope_theta, capacity.max(1));
+        let table = RotaryTable::from_frequencies(&spec.rotary_frequencies(), capacity.max(1));
         Ok(Self {
             table: DeviceTable::new(device, &table)?,
             attention: Attention::new(device, spec, options, capacity, pass)?,
