@@ -37,6 +37,8 @@ pub struct Config {
     pub validation: Validation,
     /// How rows are cut from documents.
     pub order: Order,
+    /// Rows that come from the first source alone before all are mixed: what is learned there makes the rest learnable.
+    pub first_rows: u64,
     /// Whether a token may attend to the documents before its own in the row.
     pub attend_across_documents: bool,
     /// Where shards and trained tokenizers are kept.
@@ -53,6 +55,7 @@ impl Default for Config {
             tokenizer: TokenizerConfig::Byte,
             validation: Validation::Every(20),
             order: Order::Packed,
+            first_rows: 0,
             attend_across_documents: false,
             cache: "data/cache".into(),
             prefetch: 4,

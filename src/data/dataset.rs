@@ -40,6 +40,7 @@ pub struct Dataset {
     /// Held-out documents by source; none where nothing is held out. Shares are by size.
     pub validation: Vec<Part>,
     pub(super) order: Order,
+    pub(super) first_rows: u64,
     pub(super) attend_across_documents: bool,
     pub(super) prefetch: usize,
     chat_template: Option<String>,
@@ -108,6 +109,7 @@ impl Dataset {
             train,
             validation,
             order: config.order,
+            first_rows: config.first_rows,
             attend_across_documents: config.attend_across_documents,
             prefetch: config.prefetch,
             chat_template: sources.iter().find_map(|source| source.chat.as_ref()).map(|chat| chat.template().to_owned()),
@@ -148,7 +150,8 @@ impl Dataset {
     pub fn fingerprint(&self) -> String {
         let parts: Vec<_> = self.train.iter().map(|part| (part.shard.content_hash(), part.share.to_bits())).collect();
         let text = format!("{} {parts:?} {:?} {}", self.tokenizer.fingerprint(), self.order, self.attend_across_documents);
-        format!("{:016x}", xxh3_64(text.as_bytes()))
+        let begin = if self.first_rows > 0 { format!(" {}", self.first_rows) } else { String::new() };
+        format!("{:016x}", xxh3_64((text + &begin).as_bytes()))
     }
 
     /// The held-out documents in batches of `rows` rows of `context` tokens, the same every time. With more than `most_rows` rows,

@@ -1,7 +1,7 @@
 //! Training batches in an order that is a pure function of (data, seed, row): any batch size, accumulation split or rank count sees
 //! the same rows in the same order.
 //!
-//! Row g comes from the source that the mixture deals to it, as the k-th row of that source: `context` consecutive pairs, rows shuffled
+//! The first rows may come from the first source alone; from then on row g comes from the source that the mixture deals to it, as the k-th row of that source: `context` consecutive pairs, rows shuffled
 //! within a pass ([`Order::Packed`]), documents that together fit ([`Order::Whole`]), or `context` pairs from a random place
 //! ([`Order::Crops`]); conversations come whole, several to a row ([`super::bins`]). With R ranks of B rows, micro-batch m of
 //! rank r holds rows (m R + r) B to (m R + r + 1) B - 1, counted from the cursor.
@@ -25,6 +25,8 @@ pub struct Rows {
     supplies: Vec<Supply>,
     windows: Vec<Window>,
     order: Order,
+    /// Rows of the first source that come before the mixture.
+    first_rows: u64,
     seed: u64,
     context: usize,
 }
@@ -52,19 +54,34 @@ impl Rows {
         };
         let windows = supplies.iter().enumerate().map(|(at, supply)| Window::new(seed, at, rows_of_a_pass(supply))).collect();
         let shares: Vec<f64> = dataset.train.iter().map(|part| part.share).collect();
-        Ok(Self { mixture: Mixture::new(seed, &shares)?, supplies, windows, order: dataset.order, seed, context })
+        Ok(Self {
+            mixture: Mixture::new(seed, &shares)?,
+            supplies,
+            windows,
+            order: dataset.order,
+            first_rows: dataset.first_rows,
+            seed,
+            context,
+        })
     }
 
     /// The index of the source that row `row` comes from.
     pub fn source_of(&mut self, row: u64) -> usize {
-        self.mixture.locate(row).0
+        self.locate(row).0
+    }
+
+    /// The source of row `row` and the how-manieth row of that source it is.
+    fn locate(&mut self, row: u64) -> (usize, u64) {
+        let Some(mixed) = row.checked_sub(self.first_rows) else { return (0, row) };
+        let (source, index) = self.mixture.locate(mixed);
+        (source, if source == 0 { index + self.first_rows } else { index })
     }
 
     /// Rows `first..first + rows`.
     pub fn batch(&mut self, first: u64, rows: usize) -> Batch {
         let mut batch = Batch::padding(rows, self.context);
         for row in 0..rows {
-            let (source, index) = self.mixture.locate(first + row as u64);
+            let (source, index) = self.locate(first + row as u64);
             match (&mut self.supplies[source], self.order) {
                 (Supply::Sequences(bins), _) => bins.fill(index, &mut batch, row),
                 (Supply::Whole(stream, rows), _) => stream.fill_parts(rows.row(self.windows[source].row(index)), &mut batch, row),

@@ -87,6 +87,24 @@ fn resuming_goes_on_with_the_next_row() {
 }
 
 #[test]
+fn the_first_rows_come_from_the_first_source() {
+    let folder = tempfile::tempdir().unwrap();
+    let plain = open(TWO, folder.path()).unwrap();
+    let staged = open(&format!("first_rows = 40\n{TWO}"), folder.path()).unwrap();
+    assert_ne!(plain.fingerprint(), staged.fingerprint());
+    let batch = |dataset: &Dataset| Rows::new(dataset, 32, 1).unwrap().batch(0, 400);
+    let (plain, staged) = (batch(&plain), batch(&staged));
+    assert!(staged.sources[..40].iter().all(|&source| source == 0));
+    assert_eq!(staged.sources[40..], plain.sources[..360]);
+    // No row comes twice.
+    let of =
+        |batch: &Batch, source: u32| rows_of(std::slice::from_ref(batch)).into_iter().filter(|row| row.3 == source).collect::<Vec<_>>();
+    let (before, after) = (of(&plain, 0), of(&staged, 0));
+    let common = before.len().min(after.len());
+    assert_eq!(before[..common], after[..common]);
+}
+
+#[test]
 fn shares_of_tokens_follow_the_weights() {
     let folder = tempfile::tempdir().unwrap();
     let dataset = open(TWO, folder.path()).unwrap();

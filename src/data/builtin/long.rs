@@ -17,14 +17,17 @@ use crate::data::random::Random;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
-const FIRST: [&str; 16] = ["ba", "bo", "da", "do", "fa", "ga", "go", "ka", "ke", "la", "mo", "mu", "pe", "ra", "ta", "vo"];
-const SECOND: [&str; 13] = ["bex", "dun", "fim", "gorn", "kar", "lin", "nop", "pik", "rud", "tev", "wim", "xal", "zor"];
+const FIRST: [&str; 12] = ["ba", "bo", "da", "fa", "ga", "go", "ka", "ke", "mu", "pe", "ta", "vo"];
+const SECOND: [&str; 8] = ["bex", "dun", "gorn", "lin", "pik", "rud", "vok", "zor"];
 
 /// Facts in a document of needles, at most.
 const MOST_FACTS: u64 = 8;
 
-/// Questions after a document, at least: short documents ask for the same again, so that much of them can be learned from.
-const QUESTIONS: usize = 24;
+/// What a line of a list takes together with its question, when it has no remark.
+const LINE_BYTES: usize = 21;
+
+/// What a line of a list that is asked about takes, in the unit of the probes: room for a remark of some length.
+const LINE_LENGTH: usize = 48;
 
 /// What is to be remembered: a name and its number of two digits.
 #[derive(Clone)]
@@ -50,19 +53,14 @@ fn facts(count: usize, random: &mut Random) -> Vec<Fact> {
     random.sample(&names, count).into_iter().map(|name| Fact { name, number: 10 + random.below(90) }).collect()
 }
 
-/// What takes room in every line of one list.
-fn remark(random: &mut Random) -> String {
-    grammar().line(": {place.sight}, {time.sky}", random)
-}
-
-/// Questions for all of `facts`, round after round.
-fn questions(facts: &mut [Fact], random: &mut Random) -> String {
-    let mut order = vec![];
-    while order.len() < QUESTIONS.max(facts.len()) {
-        random.shuffle(facts);
-        order.extend_from_slice(facts);
+/// At least `length` of what takes room in every line of one list; nothing when that is 0.
+fn remark(length: usize, measure: &mut dyn FnMut(&str) -> usize, random: &mut Random) -> String {
+    let mut text = String::new();
+    while measure(&text) < length {
+        text += if text.is_empty() { ": " } else { ", " };
+        text += &grammar().line(if random.below(2) == 0 { "{place.sight}" } else { "{time.sky}" }, random);
     }
-    asked(&order)
+    text
 }
 
 fn asked<'f>(facts: impl IntoIterator<Item = &'f Fact>) -> String {
@@ -115,21 +113,22 @@ pub(super) fn needles(bytes: usize, random: &mut Random) -> String {
             push(&mut text, &needle);
         }
     }
-    text + "\n" + &questions(&mut facts, random)
+    random.shuffle(&mut facts);
+    text + "\n" + &asked(&facts)
 }
 
-/// A document of about `bytes` bytes with a list, half of the time one without remarks, and questions about each of its lines.
+/// A document of about `bytes` bytes with a list and a question about each of its lines: half of the time as many lines as find room, or
+/// else fewer with remarks, which stretch the way from an answer to its question.
 pub(super) fn list(bytes: usize, random: &mut Random) -> String {
-    let mut all = facts(usize::MAX, random);
-    let remark = if random.below(2) == 0 { remark(random) } else { String::new() };
-    let mut text = String::with_capacity(bytes + 512);
-    let (mut used, mut asking) = (0, 0);
-    while used < all.len() && (used < 2 || text.len() + asking < bytes) {
-        text += &all[used].line(&remark);
-        asking += asked([&all[used]]).len() - "Asked:".len();
-        used += 1;
-    }
-    text + &questions(&mut all[..used], random)
+    let most = (bytes / LINE_BYTES).clamp(2, FIRST.len() * SECOND.len());
+    let full = random.below(2) == 0;
+    let lines = if full { most } else { (between(2.0, (most + 1) as f64, random) as usize).min(most) };
+    let mut facts = facts(lines, random);
+    let room = if full { 0 } else { (bytes / lines).saturating_sub(LINE_BYTES) };
+    let remark = remark(room, &mut str::len, random);
+    let text: String = facts.iter().map(|fact| fact.line(&remark)).collect();
+    random.shuffle(&mut facts);
+    text + &asked(&facts)
 }
 
 fn push(text: &mut String, words: &str) {
@@ -231,9 +230,12 @@ fn fill(text: &mut String, room: usize, ruler: &mut Ruler<'_>, words: &mut Words
 }
 
 fn lines(length: usize, depths: &[f64], ruler: &mut Ruler<'_>, random: &mut Random) -> (String, Vec<Fact>) {
-    let all = facts(usize::MAX, random);
     let whole = length.saturating_sub(ruler.question());
-    let remark = remark(random);
+    let wanted = (whole / LINE_LENGTH).clamp(2, FIRST.len() * SECOND.len());
+    let all = facts(wanted, random);
+    let bare = ruler.of(&format!("\n{}", all[0].line("")));
+    // The remark ends with a clause that may be too much: fewer lines have room then.
+    let remark = remark((whole / wanted).saturating_sub(bare), &mut |text| (ruler.measure)(text), random);
     let (mut text, mut at, mut used) = (String::new(), 0, 0);
     for fact in &all {
         let line = fact.line(&remark);
@@ -248,10 +250,14 @@ fn lines(length: usize, depths: &[f64], ruler: &mut Ruler<'_>, random: &mut Rand
     (text.trim_end().to_owned(), facts)
 }
 
-/// The length of a document, drawn so that every doubling between the bounds is as likely.
+/// The length of a document in bytes.
 pub(super) fn length(config: &Config, random: &mut Random) -> usize {
-    let (low, high) = ((config.shortest as f64).ln(), (config.longest as f64).ln());
-    (low + random.unit() * (high - low)).exp() as usize
+    between(config.shortest as f64, config.longest as f64, random) as usize
+}
+
+/// A number from `low` to `high`, drawn so that every doubling is as likely.
+fn between(low: f64, high: f64, random: &mut Random) -> f64 {
+    (low.ln() + random.unit() * (high.ln() - low.ln())).exp()
 }
 
 #[cfg(test)]
@@ -300,9 +306,7 @@ mod tests {
             let line = lines.iter().position(|line| line.starts_with(&format!("- {fact}:"))).unwrap();
             assert_eq!(line, (spot.depth * (lines.len() - 1) as f64).round() as usize);
             assert_eq!(list.matches(&name).count(), 1);
-            assert!(
-                probe.prompt.len() < spot.length && (probe.prompt.len() + 160 > spot.length || lines.len() == FIRST.len() * SECOND.len())
-            );
+            assert!(probe.prompt.len() < spot.length && 10 * probe.prompt.len() > 7 * spot.length, "{spot:?}: {}", probe.prompt.len());
         }
     }
 
