@@ -44,41 +44,44 @@ fn stepwise(engine: &Engine, options: Options, ids: &[u32]) -> Vec<u32> {
     bits(&ids.iter().flat_map(|&id| session.hidden(&[id]).unwrap()).collect::<Vec<_>>())
 }
 
-/// What the head reads after every token but a few, then logits of the last ones, decoded one by one.
-fn run(session: &mut Session<'_>, ids: &[u32]) -> (Vec<f32>, Vec<f32>) {
-    let (prompt, rest) = ids.split_at(ids.len() - 3);
-    let hidden = session.hidden(prompt).unwrap();
-    (hidden, rest.iter().flat_map(|&id| session.step(id).unwrap()).collect())
-}
-
 /// Dense weights become f16, and prompts are multiplied in f16: up to 2^-11 of each product and of each attention, amplified by the random
-/// weights of these models. Activations of ternary layers can end up in a neighbouring code.
+/// weights of these models. In ternary layers such a difference moves some activations to the next of their 255 codes, each worth more than
+/// the difference itself; decoding one by one, where only sums are ordered differently, hardly any.
 #[test]
 fn logits_are_near_those_of_the_cpu() {
     let osp = Spec { norm: Norm::SingleScale, embedding_projection: true, ..dense() };
     let bitnet = Spec { sub_norm: true, tied: true, activation: Activation::Relu2Glu, qk_norm: true, ..ternary() };
     let faces = [
-        (Spec { qk_norm: true, tied: true, ..dense() }, Target::GgufF16, 5e-3),
-        (osp, Target::GgufQ8_0, 5e-3),
-        (Spec { head_dim: 24, ..dense() }, Target::Hf, 5e-3),
-        (ternary(), Target::GgufTq2_0, 1e-2),
-        (bitnet, Target::HfBitnet, 1e-2),
+        (Spec { qk_norm: true, tied: true, ..dense() }, Some(Target::GgufF16), [5e-3, 5e-4]),
+        (osp, Some(Target::GgufQ8_0), [1e-2, 5e-3]),
+        (Spec { head_dim: 24, ..dense() }, Some(Target::Hf), [1e-2, 5e-3]),
+        (ternary(), Some(Target::GgufTq2_0), [1e-1, 1e-2]),
+        // A checkpoint's embedding is f32 and is rounded.
+        (bitnet, None, [1e-1, 5e-2]),
     ];
-    for (spec, target, tolerance) in faces {
+    for (spec, target, tolerances) in faces {
         let masters = weights(&spec, 1);
-        let artifact =
-            if target == Target::HfBitnet { Artifact::checkpoint(&spec, &masters) } else { Artifact::exported(&spec, &masters, target) };
+        let artifact = match target {
+            Some(target) => Artifact::exported(&spec, &masters, target),
+            None => Artifact::checkpoint(&spec, &masters),
+        };
         let Some((cpu, cuda)) = engines(&artifact) else { return };
         let ids = ids(LENGTH, spec.vocab, 2);
-        let (hidden, logits) = run(&mut Session::new(&cuda, Format::F16, LENGTH).unwrap(), &ids);
-        let mut session = Session::new(&cpu, Format::F16, LENGTH).unwrap();
-        let expected_hidden = session.hidden(&ids[..LENGTH - 3]).unwrap();
-        let expected: Vec<f32> = ids[LENGTH - 3..].iter().flat_map(|&id| session.step(id).unwrap()).collect();
-        let found = [distance(&hidden, &expected_hidden), distance(&logits, &expected)];
-        assert!(found.iter().all(|distance| *distance < tolerance), "{}: {found:?}", target.name());
-        let last = hidden.len() - spec.dim;
-        assert!(distance(&cuda.logits(&hidden[last - spec.dim..]).unwrap(), &cpu.logits(&hidden[last - spec.dim..]).unwrap()) < 1e-3);
+        let [found, expected] = [&cuda, &cpu].map(|engine| whole_and_stepwise(engine, &ids));
+        for ((found, expected), tolerance) in found.iter().zip(&expected).zip(tolerances) {
+            let error = distance(found, expected);
+            assert!(error < tolerance, "{target:?}: {error} where {tolerance} is allowed");
+        }
+        let last = &expected[0][expected[0].len() - 2 * spec.dim..];
+        assert!(distance(&cuda.logits(last).unwrap(), &cpu.logits(last).unwrap()) < 2e-3);
     }
+}
+
+/// What the head reads after each token of a prompt; and the logits after each of its first 12, decoded one by one.
+fn whole_and_stepwise(engine: &Engine, ids: &[u32]) -> [Vec<f32>; 2] {
+    let whole = Session::new(engine, Format::F16, ids.len()).unwrap().hidden(ids).unwrap();
+    let mut session = Session::new(engine, Format::F16, 12).unwrap();
+    [whole, ids[..12].iter().flat_map(|&id| session.step(id).unwrap()).collect()]
 }
 
 /// The prefill kernel works in half precision where the decode kernel splits numbers in two.

@@ -143,7 +143,7 @@ pub fn agreements<D: Device>(device: &D) -> Result<Vec<Agreement>> {
     let mut one = Agreement::new("dense_row_f16", 1e-6);
     // Half precision has eleven bits; the errors of a sum's terms average out.
     let mut many = Agreement::new("dense_rows_f16", 1e-3);
-    for (rows, outputs, inputs) in [(1, 1, 1), (3, 5, 33), (2, 130, 64), (70, 33, 100), (130, 129, 40), (1, 17, 1031)] {
+    for (rows, outputs, inputs) in [(1, 1, 1), (3, 5, 33), (2, 130, 64), (130, 33, 40), (1, 17, 1031)] {
         let values: Vec<f16> = noise("weights", outputs * inputs).into_iter().map(f16::from_f32).collect();
         let mut x = noise("x", rows * inputs);
         // Sizes that half precision does not reach.
