@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::model::{Config, Decoder, Face, GradientBuffers, init::initialize};
 use crate::ops::cpu::isa::{Isa, isa};
 use crate::ops::host::host;
-use crate::train::step;
+use crate::train::{dist, step};
 use gpu::Presence;
 use serde::Serialize;
 use std::sync::Arc;
@@ -76,9 +76,11 @@ pub(super) fn run(command: &Report, printer: &Printer) -> Result<Status> {
     printer.data(format!("instruction path  {} (this CPU has {})", findings.instruction_path, findings.instruction_path_supported))?;
     printer.data(format!("CUDA              {}", findings.cuda))?;
     printer.data(format!("NVIDIA driver     {}", findings.driver.as_deref().unwrap_or("none")))?;
-    let found = |is_there: bool| if is_there { "found" } else { "not found" };
-    printer.data(format!("NCCL              {}", found(findings.nccl)))?;
-    printer.data(format!("MPI               {}", found(findings.mpi)))?;
+    for (name, built_in) in dist::engines() {
+        let found = if name == "NCCL" { findings.nccl } else { findings.mpi };
+        let (here, engine) = (if found { "found" } else { "not found" }, if built_in { "built in" } else { "not built in" });
+        printer.data(format!("{name:<18}{here}, its engine for ranks is {engine}"))?;
+    }
     let row = |one: &Agreement| {
         let verdict = if one.is_sound() { "ok" } else { "WRONG" };
         vec![one.face.to_owned(), format!("{:.1e}", one.loss_difference), format!("{:.1e}", one.gradient_difference), verdict.to_owned()]

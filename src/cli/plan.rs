@@ -7,7 +7,7 @@ use crate::error::Result;
 use crate::export::plan::engines;
 use crate::model::{GradientBuffers, Spec, flops};
 use crate::ops::frozen::Frozen;
-use crate::optim::{Optimizer, Table};
+use crate::optim::{Optimizer, Table, shard};
 use crate::recipe::{Assembled, Recipe, assemble, load};
 use crate::train::{Feed, step};
 use serde::Serialize;
@@ -15,6 +15,13 @@ use std::time::Instant;
 
 /// Steps that are run to measure speed and memory; the first one warms up.
 const MEASURED_STEPS: u64 = 3;
+
+/// Numbers of ranks whose shares are shown.
+const RANKS: [usize; 3] = [2, 4, 8];
+
+fn fullest(table: &Table, ranks: usize) -> usize {
+    shard::bytes_per_rank(table, ranks).into_iter().max().unwrap_or(0)
+}
 
 #[derive(Serialize)]
 struct Plan {
@@ -26,6 +33,8 @@ struct Plan {
     step_seconds: f64,
     run_seconds: f64,
     optimizer_state_bytes: usize,
+    /// The fullest rank's share, for numbers of ranks.
+    optimizer_state_bytes_per_rank: std::collections::BTreeMap<usize, usize>,
     estimated_training_bytes: usize,
     measured_peak_bytes: Option<u64>,
 }
@@ -78,6 +87,7 @@ fn measure(assembled: &Assembled, table: &Table) -> Result<Plan> {
         step_seconds,
         run_seconds: step_seconds * setup.train.steps as f64,
         optimizer_state_bytes: state,
+        optimizer_state_bytes_per_rank: RANKS.map(|ranks| (ranks, fullest(table, ranks))).into(),
         estimated_training_bytes: 8 * parameters.total()
             + parameters.frozen().values().map(Frozen::bytes).sum::<usize>()
             + state
@@ -94,6 +104,9 @@ fn show(plan: &Plan, printer: &Printer) -> Result<()> {
     printer.data(format!("tokens per step      {}", plan.tokens_per_step))?;
     printer.data(format!("operations per step  {:.1} GFLOP", plan.gflop_per_step))?;
     printer.data(format!("optimizer state      {}", megabytes(plan.optimizer_state_bytes as f64)))?;
+    let share = |(ranks, bytes): (&usize, &usize)| format!("{} on {ranks}", megabytes(*bytes as f64));
+    let shares = plan.optimizer_state_bytes_per_rank.iter().map(share).collect::<Vec<_>>();
+    printer.data(format!("  a rank keeps       {} ranks", shares.join(", ")))?;
     let measured = plan.measured_peak_bytes.map_or_else(String::new, |bytes| format!(", peak of this process {}", megabytes(bytes as f64)));
     printer.data(format!("training memory      {} estimated{measured}", megabytes(plan.estimated_training_bytes as f64)))?;
     let minutes = plan.run_seconds / 60.0;
