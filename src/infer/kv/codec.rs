@@ -28,6 +28,8 @@ pub use turboquant::{Part, TurboQuant};
 use crate::error::{Error, Result};
 use crate::multiversion;
 use crate::ops::cpu::attention::{TILE, padded};
+use crate::ops::cpu::reduce::{LANES, Lanes};
+use crate::ops::cpu::scratch::Scratch;
 use ::half::f16;
 
 /// A way to store a page. All methods take pages of [`Codec::page_bytes`] bytes made by [`Codec::encode`] of the same codec.
@@ -105,18 +107,74 @@ pub fn codec(name: &str, head_dim: usize) -> Result<Box<dyn Codec>> {
     })
 }
 
-/// What `encode` starts from: f32 copies, with NaN as 0 and infinities as the largest half, so that codes are always defined.
-fn finite(x: &[f16]) -> Vec<f32> {
-    x.iter().map(|x| if x.is_nan() { 0.0 } else { x.to_f32().clamp(f16::MIN.to_f32(), f16::MAX.to_f32()) }).collect()
+/// What `encode` starts from: f32 copies, with the largest half for what is not finite, so that codes are always defined.
+fn finite(x: &[f16]) -> Scratch {
+    let mut wide = Scratch::take(x.len());
+    widen_finite(x, &mut wide);
+    wide
+}
+
+multiversion! {
+    fn widen_finite(x: &[f16], wide: &mut [f32]) {
+        let largest = f16::MAX.to_f32_const();
+        // Infinity and NaN widen to numbers from 65536 on.
+        wide.iter_mut().zip(x).for_each(|(wide, x)| *wide = half::widen(x.to_bits()).clamp(-largest, largest));
+    }
 }
 
 /// `[64, width]` as `[width, 64]`.
-fn transposed(rows: &[f32], width: usize) -> Vec<f32> {
-    let mut out = vec![0.0; rows.len()];
-    for (token, row) in rows.chunks_exact(width).enumerate() {
-        row.iter().enumerate().for_each(|(channel, x)| out[channel * TILE + token] = *x);
-    }
+fn transposed(rows: &[f32], width: usize) -> Scratch {
+    let mut out = Scratch::take(rows.len());
+    transpose(rows, width, width, &mut out);
     out
+}
+
+multiversion! {
+    /// `from`: 64 rows of `width` floats, `stride` apart; `to`: `[width, 64]`.
+    fn transpose(from: &[f32], width: usize, stride: usize, to: &mut [f32]) {
+        let whole = width / LANES * LANES;
+        for token in (0..TILE).step_by(LANES) {
+            for channel in (0..whole).step_by(LANES) {
+                let mut square = [[0.0; LANES]; LANES];
+                for (row, line) in square.iter_mut().enumerate() {
+                    line.copy_from_slice(&from[(token + row) * stride + channel..][..LANES]);
+                }
+                for column in 0..LANES {
+                    let line: Lanes = std::array::from_fn(|row| square[row][column]);
+                    to[(channel + column) * TILE + token..][..LANES].copy_from_slice(&line);
+                }
+            }
+            for channel in whole..width {
+                let line: Lanes = std::array::from_fn(|row| from[(token + row) * stride + channel]);
+                to[channel * TILE + token..][..LANES].copy_from_slice(&line);
+            }
+        }
+    }
+}
+
+multiversion! {
+    /// Sum of squares of each column of `x`, `[rows, 64]`.
+    fn column_squares(x: &[f32]) -> [f64; TILE] {
+        let mut sums = [0.0; TILE];
+        for row in x.as_chunks::<TILE>().0 {
+            for (sum, x) in sums.iter_mut().zip(row) {
+                *sum = f64::from(*x).mul_add(f64::from(*x), *sum);
+            }
+        }
+        sums
+    }
+}
+
+multiversion! {
+    /// Sum of squares, in eight lanes.
+    fn sum_of_squares(x: &[f32]) -> f64 {
+        let mut lanes = [0f64; 8];
+        let (chunks, tail) = x.as_chunks::<8>();
+        for chunk in chunks {
+            lanes = std::array::from_fn(|lane| f64::from(chunk[lane]).mul_add(f64::from(chunk[lane]), lanes[lane]));
+        }
+        lanes.into_iter().chain(tail.iter().map(|x| f64::from(*x).powi(2))).sum()
+    }
 }
 
 multiversion! {

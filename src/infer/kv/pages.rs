@@ -204,7 +204,7 @@ impl Pages {
         match &self.codec {
             Some(codec) if !exact => {
                 codec.value_norms(self.near_page(&**codec, kv_head, page), norms);
-                norms.iter_mut().for_each(|norm| *norm *= *norm * UP);
+                norms.iter_mut().for_each(|norm| *norm = *norm * *norm * UP);
             }
             _ => norms.copy_from_slice(&self.squared_norms[(page * self.kv_heads + kv_head) * TILE..][..TILE]),
         }

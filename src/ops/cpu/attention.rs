@@ -14,7 +14,7 @@ mod tiles;
 use super::scratch::Scratch;
 use backward::{KeySide, QuerySide, backward_head};
 use forward::{BLOCK, Block};
-pub use lines::{Line, Share, Shares, TileSet, attend_lines};
+pub use lines::{Line, Share, Shares, SquaredNorms, TileSet, attend_lines};
 use rayon::prelude::*;
 use std::borrow::Cow;
 use std::marker::PhantomData;

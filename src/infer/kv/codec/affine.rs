@@ -3,6 +3,8 @@
 //! zero <= min x, scale >= (max x - zero) / levels, both f16: nothing is clipped, and |x - x^| <= scale / 2 up to f32 rounding.
 
 use super::half::{half_down, half_up};
+use crate::multiversion;
+use crate::ops::cpu::reduce::{LANES, Lanes, join, larger, padded};
 use half::f16;
 
 /// Zero and scale of a group.
@@ -13,22 +15,57 @@ pub(super) struct Affine {
 }
 
 impl Affine {
-    /// For finite numbers whose magnitude a half can hold; an empty group and a group of equal halves have scale 0.
-    pub(super) fn fit(group: impl Iterator<Item = f32>, levels: f32) -> Self {
-        let (low, high) = group.fold((f32::INFINITY, f32::NEG_INFINITY), |(low, high), x| (low.min(x), high.max(x)));
-        if low > high {
-            return Self { zero: f16::ZERO, scale: f16::ZERO };
-        }
+    /// For a group of finite numbers whose magnitude a half can hold; a group of equal halves has scale 0.
+    pub(super) fn fit(group: &[f32], levels: f32) -> Self {
+        let (low, high) = range(group);
+        Self::spanning(low, high, levels)
+    }
+
+    /// For a group from `low` to `high`.
+    pub(super) fn spanning(low: f32, high: f32, levels: f32) -> Self {
         let zero = half_down(f64::from(low));
         Self { zero, scale: half_up(f64::from((high - zero.to_f32()) / levels)) }
     }
 
-    pub(super) fn code(self, x: f32, levels: f32) -> u8 {
-        if self.scale == f16::ZERO {
-            return 0;
-        }
-        ((x - self.zero.to_f32()) / self.scale.to_f32()).round_ties_even().clamp(0.0, levels) as u8
+    /// Codes of `x`, as many as there is room for.
+    pub(super) fn codes(self, x: &[f32], levels: f32, codes: &mut [u8]) {
+        encode(x, self.zero.to_f32(), self.scale.to_f32(), levels, codes);
     }
+}
+
+/// Adding it to a number from 0 to 255 rounds that to an integer, ties to even, and leaves the integer in the low bits of the sum.
+pub(super) const ROUNDER: f32 = 12_582_912.0; // 1.5 * 2^23
+
+/// The code of `x`. Clamping to whole numbers before rounding to them is the same as after.
+#[inline(always)]
+pub(super) fn code(x: f32, zero: f32, scale: f32, levels: f32) -> u8 {
+    let steps = if scale > 0.0 { (x - zero) / scale } else { 0.0 };
+    (larger(smaller(steps, levels), 0.0) + ROUNDER).to_bits() as u8
+}
+
+multiversion! {
+    fn encode(x: &[f32], zero: f32, scale: f32, levels: f32, codes: &mut [u8]) {
+        codes.iter_mut().zip(x).for_each(|(out, x)| *out = code(*x, zero, scale, levels));
+    }
+}
+
+multiversion! {
+    /// The least and the greatest of `x`, which is not empty.
+    fn range(x: &[f32]) -> (f32, f32) {
+        let (mut low, mut high): (Lanes, Lanes) = ([x[0]; LANES], [x[0]; LANES]);
+        let (chunks, tail) = x.as_chunks::<LANES>();
+        for chunk in chunks.iter().chain([&padded(tail, x[0])]) {
+            low = std::array::from_fn(|lane| smaller(chunk[lane], low[lane]));
+            high = std::array::from_fn(|lane| larger(chunk[lane], high[lane]));
+        }
+        (join(low, smaller), join(high, larger))
+    }
+}
+
+/// The smaller number.
+#[inline(always)]
+pub(super) fn smaller(a: f32, b: f32) -> f32 {
+    if a < b { a } else { b }
 }
 
 #[cfg(test)]
@@ -38,15 +75,17 @@ mod tests {
     use proptest::prelude::*;
 
     fn decoded(group: &[f32], levels: f32) -> (Affine, Vec<f32>) {
-        let affine = Affine::fit(group.iter().copied(), levels);
+        let affine = Affine::fit(group, levels);
+        let mut codes = vec![0; group.len()];
+        affine.codes(group, levels, &mut codes);
         let (zero, scale) = (affine.zero.to_f32(), affine.scale.to_f32());
-        (affine, group.iter().map(|x| scale.mul_add(f32::from(affine.code(*x, levels)), zero)).collect())
+        (affine, codes.into_iter().map(|code| scale.mul_add(f32::from(code), zero)).collect())
     }
 
     proptest! {
         #[test]
         fn half_a_step_bounds_the_error(bits in proptest::collection::vec(any::<u16>(), 1..40), levels in prop_oneof![Just(3.0f32), Just(15.0), Just(255.0)]) {
-            let group: Vec<f32> = bits.into_iter().map(f16::from_bits).filter(|x| x.is_finite()).map(f16::to_f32).collect();
+            let group: Vec<f32> = bits.into_iter().map(f16::from_bits).filter(|x| x.is_finite()).map(f16::to_f32).chain([1.0]).collect();
             let (affine, back) = decoded(&group, levels);
             for (x, back) in group.iter().zip(back) {
                 let slack = f64::from(back.abs()) * 2f64.powi(-24);

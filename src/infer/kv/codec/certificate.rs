@@ -4,11 +4,12 @@
 //! The last [`BYTES`] bytes of every page, little-endian: four f32 in the order of [`Certificate`]'s fields, then f16 `[64]`:
 //! norm(vhat_t) of each token, rounded up.
 
-use super::Codec;
-use super::half::{float_up, half_up, write};
+use super::half::{float_up, half_up, widen, write};
+use super::{Codec, column_squares, finite, transpose, transposed};
 use crate::multiversion;
 use crate::ops::cpu::attention::{TILE, key_tile_len, padded, value_tile_len};
 use crate::ops::cpu::reduce;
+use crate::ops::cpu::scratch::Scratch;
 use half::f16;
 
 /// Bytes of a certificate.
@@ -47,7 +48,9 @@ impl Certificate {
         if !self.key_radius.is_finite() {
             return f32::INFINITY;
         }
-        ((sum_of_squares(query) / query.len() as f32).sqrt() * self.key_radius * SUM_SLACK).min(interval)
+        // What products of tiny numbers lose below the smallest normal one is less than that.
+        let rms = (sum_of_squares(query) / query.len() as f32 + f32::MIN_POSITIVE).sqrt();
+        (rms * self.key_radius * SUM_SLACK).min(interval + f32::MIN_POSITIVE)
     }
 
     /// Variance of q . (k_t - khat_t) / sqrt(d) when the error has no preferred direction: norm(q)^2 E norm(k - khat)^2 / d^2.
@@ -69,36 +72,50 @@ multiversion! {
 /// norm(vhat_t) of each token, rounded up.
 pub(super) fn read_value_norms(page: &[u8], norms: &mut [f32]) {
     let bytes = &page[page.len() - BYTES + NORMS..];
-    norms.iter_mut().zip(bytes.chunks_exact(2)).for_each(|(norm, bytes)| *norm = f16::from_le_bytes([bytes[0], bytes[1]]).to_f32());
+    norms.iter_mut().zip(bytes.as_chunks::<2>().0).for_each(|(norm, bytes)| {
+        let bits = u16::from_le_bytes(*bytes);
+        *norm = if bits < f16::INFINITY.to_bits() { widen(bits) } else { f32::INFINITY };
+    });
 }
 
 /// Decodes `page` and writes its certificate against the originals, both `[64, head_dim]`.
 pub(super) fn seal(codec: &dyn Codec, keys: &[f16], values: &[f16], page: &mut [u8]) {
     let head_dim = codec.head_dim();
-    let (mut key_tile, mut value_tile) = (vec![0.0; key_tile_len(head_dim)], vec![0.0; value_tile_len(head_dim)]);
-    codec.decode_keys(page, &mut key_tile);
+    let [mut stored_keys, mut stored_values] = [(); 2].map(|()| Scratch::take(key_tile_len(head_dim)));
+    let mut value_tile = Scratch::take(value_tile_len(head_dim));
+    codec.decode_keys(page, &mut stored_keys);
     codec.decode_values(page, &mut value_tile);
-    let stored_key = |token: usize, channel: usize| key_tile[channel * TILE + token];
-    let stored_value = |token: usize, channel: usize| value_tile[token * padded(head_dim) + channel];
-    let [keys, values] = [squares(keys, head_dim, stored_key), squares(values, head_dim, stored_value)];
+    transpose(&value_tile, head_dim, padded(head_dim), &mut stored_values);
+    let norms = column_squares(&stored_values);
+    let [keys, values] = [squares(keys, head_dim, &stored_keys), squares(values, head_dim, &stored_values)];
     let start = page.len() - BYTES;
     let certificate = &mut page[start..];
     for (index, field) in [radius(&keys), radius(&values), mean(&keys), mean(&values)].into_iter().enumerate() {
         certificate[4 * index..4 * index + 4].copy_from_slice(&field.to_le_bytes());
     }
-    for token in 0..TILE {
-        let square: f64 = (0..head_dim).map(|channel| f64::from(stored_value(token, channel)).powi(2)).sum();
-        write(&mut certificate[NORMS..], token, half_up(raised(square.sqrt())));
-    }
+    norms.iter().enumerate().for_each(|(token, square)| write(&mut certificate[NORMS..], token, half_up(raised(square.sqrt()))));
 }
 
-/// Squared distance of each token's vector from the stored one; infinite for a vector that is not finite.
-fn squares(originals: &[f16], head_dim: usize, stored: impl Fn(usize, usize) -> f32) -> Vec<f64> {
-    let square = |(token, row): (usize, &[f16])| {
-        let sum: f64 = row.iter().enumerate().map(|(channel, x)| (x.to_f64() - f64::from(stored(token, channel))).powi(2)).sum();
-        if sum.is_finite() { sum } else { f64::INFINITY }
-    };
-    originals.chunks_exact(head_dim).enumerate().map(square).collect()
+/// Squared distance of each token's vector from the stored one (`[head_dim, 64]`); infinite on a page that is not finite.
+fn squares(originals: &[f16], head_dim: usize, stored: &[f32]) -> [f64; TILE] {
+    if !originals.iter().fold(true, |all, x| all & x.is_finite()) {
+        return [f64::INFINITY; TILE];
+    }
+    column_distances(&transposed(&finite(originals), head_dim), stored)
+}
+
+multiversion! {
+    /// Squared distances of the columns of `x` and `y`, both `[rows, 64]`.
+    fn column_distances(x: &[f32], y: &[f32]) -> [f64; TILE] {
+        let mut sums = [0.0; TILE];
+        for (x, y) in x.as_chunks::<TILE>().0.iter().zip(y.as_chunks::<TILE>().0) {
+            for ((sum, x), y) in sums.iter_mut().zip(x).zip(y) {
+                let difference = f64::from(*x) - f64::from(*y);
+                *sum = difference.mul_add(difference, *sum);
+            }
+        }
+        sums
+    }
 }
 
 fn radius(squares: &[f64]) -> f32 {

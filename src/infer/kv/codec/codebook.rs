@@ -18,11 +18,13 @@ pub struct Codebook {
     bits: usize,
     /// The positive levels, ascending, times sqrt(d); the others are their negatives. What is past 2^(bits - 1) is unused.
     levels: [f32; MOST_LEVELS],
+    /// Midpoints of neighbouring positive levels; infinite where there are none.
+    thresholds: [f32; MOST_LEVELS - 1],
     distortion: f64,
 }
 
 impl Codebook {
-    /// For directions in `width` (at least 2) dimensions and 1 to [`MOST_BITS`] bits. Made once per process.
+    /// For directions in `width` (at least 2) dimensions and 1 to 4 bits. Made once per process.
     pub fn new(width: usize, bits: usize) -> Arc<Self> {
         static MADE: Mutex<BTreeMap<(usize, usize), Arc<Codebook>>> = Mutex::new(BTreeMap::new());
         assert!(width >= 2 && (1..=MOST_BITS).contains(&bits), "no codebook of {bits} bits in {width} dimensions");
@@ -45,7 +47,9 @@ impl Codebook {
         let square = masses.iter().zip(&levels).map(|(mass, level)| mass * level * level).sum::<f64>() / masses.iter().sum::<f64>();
         let mut stored = [0.0; MOST_LEVELS];
         stored.iter_mut().zip(&levels).for_each(|(stored, level)| *stored = (level * (width as f64).sqrt()) as f32);
-        Self { bits, levels: stored, distortion: 1.0 - width as f64 * square }
+        let mut thresholds = [f32::INFINITY; MOST_LEVELS - 1];
+        thresholds.iter_mut().zip(stored[..levels.len()].windows(2)).for_each(|(threshold, pair)| *threshold = (pair[0] + pair[1]) * 0.5);
+        Self { bits, levels: stored, thresholds, distortion: 1.0 - width as f64 * square }
     }
 
     /// Bits of a code.
@@ -69,17 +73,18 @@ impl Codebook {
     }
 
     /// The code of `x`, a coordinate times sqrt(d).
+    #[inline(always)]
     pub fn code(&self, x: f32) -> u8 {
-        let levels = self.positive_levels();
-        let beyond = levels.windows(2).filter(|pair| x.abs() > (pair[0] + pair[1]) * 0.5).count() as u8;
-        let half = levels.len() as u8;
-        if x < 0.0 { half - 1 - beyond } else { half + beyond }
+        // Counting all thresholds beats searching them, in vectors.
+        let beyond = self.thresholds.iter().fold(0, |count, threshold| count + i32::from(x.abs() > *threshold));
+        let half = 1 << (self.bits - 1);
+        (if x < 0.0 { half - 1 - beyond } else { half + beyond }) as u8
     }
 
     /// What `code` stands for, times sqrt(d).
+    #[inline(always)]
     pub fn level(&self, code: u8) -> f32 {
-        let half = self.positive_levels().len();
-        let code = usize::from(code);
+        let (half, code) = (1 << (self.bits - 1), usize::from(code));
         if code < half { -self.levels[half - 1 - code] } else { self.levels[code - half] }
     }
 }

@@ -1,11 +1,13 @@
 //! Keys and values as 8-bit floats, E4M3 (4 bits of exponent, 3 of mantissa, no infinity): Micikevicius et al. 2022, arXiv:2209.05433.
 //! xhat = scale * e4m3(code), scale = f16 rounded up of max|x| / 448 over the page and head, one for keys and one for values.
 
+use super::affine::{ROUNDER, smaller};
 use super::certificate::{self, Certificate, SUM_SLACK};
 use super::{Codec, finite, half, transposed};
 use crate::multiversion;
 use crate::ops::cpu::attention::{TILE, padded};
-use crate::ops::cpu::reduce::{LANES, Lanes, join};
+use crate::ops::cpu::reduce::{self, LANES, Lanes, join};
+use crate::ops::cpu::scratch::Scratch;
 use ::half::f16;
 use std::ops::Range;
 
@@ -62,15 +64,17 @@ impl Fp8 {
 
     /// Stores numbers as codes and returns their scale.
     fn encode_side(&self, x: &[f32], side: usize, codes: Range<usize>, page: &mut [u8]) {
-        let largest = x.iter().fold(0f32, |largest, x| largest.max(x.abs()));
+        let largest = absmax(x);
         let scale = half::half_up(f64::from(largest / LARGEST));
         half::write(&mut page[self.layout.scales.clone()], side, scale);
-        page[codes].iter_mut().zip(x).for_each(|(code, x)| *code = if largest == 0.0 { 0 } else { encode(x / scale.to_f32()) });
+        if largest > 0.0 {
+            encode_all(x, scale.to_f32(), &mut page[codes]);
+        }
     }
 
     /// Worst error of each key channel of `keys` (`[head_dim, 64]`).
     fn store_key_errors(&self, keys: &[f32], page: &mut [u8]) {
-        let mut tile = vec![0.0; keys.len()];
+        let mut tile = Scratch::take(keys.len());
         self.decode_keys(page, &mut tile);
         for (channel, (keys, stored)) in keys.chunks_exact(TILE).zip(tile.chunks_exact(TILE)).enumerate() {
             let worst = keys.iter().zip(stored).map(|(x, y)| (f64::from(*x) - f64::from(*y)).abs()).fold(0.0, f64::max);
@@ -124,16 +128,28 @@ impl Codec for Fp8 {
     }
 }
 
-/// The nearest E4M3 number (ties to even), the largest beyond it.
+/// The nearest E4M3 number (ties to even), the largest beyond it. `x` is finite.
+#[inline(always)]
 fn encode(x: f32) -> u8 {
-    let (sign, magnitude) = ((x.to_bits() >> 24) as u8 & 0x80, x.abs());
-    if magnitude < SMALLEST_NORMAL {
-        // Eight steps make the smallest normal number, whose code is also 8.
-        return sign | (magnitude * 512.0).round_ties_even() as u8;
-    }
+    let magnitude = x.abs();
+    // Eight steps make the smallest normal number, whose code is also 8.
+    let fine = (smaller(magnitude, SMALLEST_NORMAL) * 512.0 + ROUNDER).to_bits() & 0xFF;
     let bits = magnitude.to_bits();
-    let rounded = (bits + 0x7_FFFF + (bits >> 20 & 1)) >> 20;
-    sign | (rounded - EXPONENT_SHIFT).min(0x7E) as u8
+    let coarse = ((bits + 0x7_FFFF + (bits >> 20 & 1)) >> 20).wrapping_sub(EXPONENT_SHIFT).min(0x7E);
+    let code = if magnitude < SMALLEST_NORMAL { fine } else { coarse };
+    (x.to_bits() >> 24 & 0x80 | code) as u8
+}
+
+multiversion! {
+    fn absmax(x: &[f32]) -> f32 {
+        reduce::absmax(x)
+    }
+}
+
+multiversion! {
+    fn encode_all(x: &[f32], scale: f32, codes: &mut [u8]) {
+        codes.iter_mut().zip(x).for_each(|(code, x)| *code = encode(x / scale));
+    }
 }
 
 /// The number of a code. Exponent 0 is twice what its bits say, less the hidden one: no denormal f32 is made on the way.
@@ -164,12 +180,15 @@ multiversion! {
     /// sum_c |q_c| e_c, and sums of q_c^2 e_c^2 and of e_c^2.
     fn weighted_errors(query: &[f32], errors: &[u8]) -> (f32, [f32; 2]) {
         let (mut sums, mut weighted, mut squares): (Lanes, Lanes, Lanes) = ([0.0; LANES], [0.0; LANES], [0.0; LANES]);
-        for (channel, query) in query.iter().enumerate() {
-            let (error, lane) = (half::read(errors, channel), channel % LANES);
-            let product = query * error;
-            sums[lane] += product.abs();
-            weighted[lane] = product.mul_add(product, weighted[lane]);
-            squares[lane] = error.mul_add(error, squares[lane]);
+        for chunk in 0..query.len().div_ceil(LANES) {
+            let query = half::lanes(query, chunk);
+            let errors = half::read_lanes(errors, chunk);
+            for lane in 0..LANES {
+                let product = query[lane] * errors[lane];
+                sums[lane] += product.abs();
+                weighted[lane] = product.mul_add(product, weighted[lane]);
+                squares[lane] = errors[lane].mul_add(errors[lane], squares[lane]);
+            }
         }
         (join(sums, |x, y| x + y), [weighted, squares].map(|lanes| join(lanes, |x, y| x + y)))
     }

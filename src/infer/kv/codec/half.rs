@@ -1,5 +1,6 @@
 //! Half-precision numbers inside pages: rounding towards one side, and reading and writing little-endian bytes.
 
+use crate::ops::cpu::reduce::{LANES, Lanes, padded};
 use half::f16;
 
 /// The smallest half that is at least `x`; infinite above the largest. `x` is not NaN.
@@ -41,6 +42,29 @@ pub(super) fn widen(bits: u16) -> f32 {
 #[inline(always)]
 pub(super) fn read(bytes: &[u8], index: usize) -> f32 {
     widen(u16::from_le_bytes([bytes[2 * index], bytes[2 * index + 1]]))
+}
+
+/// Finite halves from number 16 `chunk` on, as many as there are, then zeros.
+#[inline(always)]
+pub(super) fn read_lanes(bytes: &[u8], chunk: usize) -> Lanes {
+    const BYTES: usize = 2 * LANES;
+    let rest = &bytes[chunk * BYTES..];
+    let mut line = [0; BYTES];
+    match rest.first_chunk::<BYTES>() {
+        Some(whole) => line = *whole,
+        None => line[..rest.len()].copy_from_slice(rest),
+    }
+    std::array::from_fn(|lane| widen(u16::from_le_bytes([line[2 * lane], line[2 * lane + 1]])))
+}
+
+/// Numbers of `x` from 16 `chunk` on, as many as there are, then zeros.
+#[inline(always)]
+pub(super) fn lanes(x: &[f32], chunk: usize) -> Lanes {
+    let rest = &x[chunk * LANES..];
+    match rest.first_chunk::<LANES>() {
+        Some(whole) => *whole,
+        None => padded(rest, 0.0),
+    }
 }
 
 /// Writes `x` at `index` of an array of halves.

@@ -8,6 +8,7 @@ use super::{Codec, finite, half, transposed};
 use crate::multiversion;
 use crate::ops::cpu::attention::{TILE, padded};
 use crate::ops::cpu::reduce::{LANES, Lanes, join};
+use crate::ops::cpu::scratch::Scratch;
 use ::half::f16;
 use std::ops::Range;
 
@@ -71,23 +72,23 @@ impl Int8Int4 {
     }
 
     fn encode_key_channel(&self, channel: usize, keys: &[f32], page: &mut [u8]) {
-        let affine = Affine::fit(keys.iter().copied(), KEY_LEVELS);
+        let affine = Affine::fit(keys, KEY_LEVELS);
         half::write(&mut page[self.layout.key_scales.clone()], channel, affine.scale);
         half::write(&mut page[self.layout.key_zeros.clone()], channel, affine.zero);
-        let codes = page[self.layout.key_codes.clone()][channel * TILE..].iter_mut();
-        codes.zip(keys).for_each(|(code, key)| *code = affine.code(*key, KEY_LEVELS));
+        affine.codes(keys, KEY_LEVELS, &mut page[self.layout.key_codes.clone()][channel * TILE..][..TILE]);
     }
 
     fn encode_value_row(&self, token: usize, row: &[f32], page: &mut [u8]) {
         let groups = self.head_dim.div_ceil(GROUP);
         for (index, group) in row.chunks(GROUP).enumerate() {
-            let affine = Affine::fit(group.iter().copied(), VALUE_LEVELS);
+            let affine = Affine::fit(group, VALUE_LEVELS);
             half::write(&mut page[self.layout.value_scales.clone()], token * groups + index, affine.scale);
             half::write(&mut page[self.layout.value_zeros.clone()], token * groups + index, affine.zero);
-            let (first, second) = group.split_at(group.len() / 2);
-            let codes = page[self.layout.value_codes.clone()][(token * self.head_dim + index * GROUP) / 2..].iter_mut();
-            let pairs = first.iter().zip(second).map(|(low, high)| affine.code(*low, VALUE_LEVELS) | affine.code(*high, VALUE_LEVELS) << 4);
-            codes.zip(pairs).for_each(|(code, pair)| *code = pair);
+            let mut codes = [0; GROUP];
+            affine.codes(group, VALUE_LEVELS, &mut codes);
+            let (low, high) = codes[..group.len()].split_at(group.len() / 2);
+            let bytes = page[self.layout.value_codes.clone()][(token * self.head_dim + index * GROUP) / 2..].iter_mut();
+            bytes.zip(low.iter().zip(high)).for_each(|(byte, (low, high))| *byte = low | high << 4);
         }
     }
 }
@@ -169,27 +170,33 @@ multiversion! {
 multiversion! {
     fn decode_value_codes(head_dim: usize, codes: &[u8], scales: &[u8], zeros: &[u8], tile: &mut [f32]) {
         let groups = head_dim.div_ceil(GROUP);
+        let mut metadata = Scratch::take(scales.len());
+        for (wide, bytes) in metadata.iter_mut().zip(scales.as_chunks::<2>().0.iter().chain(zeros.as_chunks::<2>().0)) {
+            *wide = half::widen(u16::from_le_bytes(*bytes));
+        }
+        let (scales, zeros) = metadata.split_at(scales.len() / 2);
         for (token, (codes, row)) in codes.chunks_exact(head_dim / 2).zip(tile.chunks_exact_mut(padded(head_dim))).enumerate() {
             let (row, rest) = row.split_at_mut(head_dim);
             rest.fill(0.0);
-            for (index, (codes, out)) in codes.chunks(GROUP / 2).zip(row.chunks_mut(GROUP)).enumerate() {
-                let (scale, zero) = (half::read(scales, token * groups + index), half::read(zeros, token * groups + index));
-                match (codes.as_array::<{ GROUP / 2 }>(), out.as_mut_array::<GROUP>()) {
-                    (Some(codes), Some(out)) => decode_group(codes, scale, zero, out),
-                    _ => decode_group(codes, scale, zero, out),
-                }
+            let (scales, zeros) = (&scales[token * groups..][..groups], &zeros[token * groups..][..groups]);
+            let (whole, rest) = row.as_chunks_mut::<GROUP>();
+            let (whole_codes, rest_codes) = codes.as_chunks::<{ GROUP / 2 }>();
+            for (index, (codes, out)) in whole_codes.iter().zip(whole).enumerate() {
+                decode_group(codes, scales[index], zeros[index], out);
+            }
+            if !rest.is_empty() {
+                decode_group(rest_codes, scales[groups - 1], zeros[groups - 1], rest);
             }
         }
     }
 }
 
+/// The low halves of `codes`, then the high ones.
 #[inline(always)]
 fn decode_group(codes: &[u8], scale: f32, zero: f32, out: &mut [f32]) {
     let (first, second) = out.split_at_mut(codes.len());
-    for ((first, second), code) in first.iter_mut().zip(second).zip(codes) {
-        *first = scale.mul_add(f32::from(code & 15), zero);
-        *second = scale.mul_add(f32::from(code >> 4), zero);
-    }
+    first.iter_mut().zip(codes).for_each(|(out, code)| *out = scale.mul_add(f32::from(code & 15), zero));
+    second.iter_mut().zip(codes).for_each(|(out, code)| *out = scale.mul_add(f32::from(code >> 4), zero));
 }
 
 multiversion! {
@@ -197,11 +204,13 @@ multiversion! {
     fn interval_error(query: &[f32], scales: &[u8], zeros: &[u8]) -> f32 {
         const HALF_STEP: f32 = 0.5 + 1e-4;
         let mut sums: Lanes = [0.0; LANES];
-        for (channel, query) in query.iter().enumerate() {
-            let (scale, zero) = (half::read(scales, channel), half::read(zeros, channel));
-            let rounding = KEY_LEVELS.mul_add(scale, zero.abs()) * f32::EPSILON;
-            let sum = &mut sums[channel % LANES];
-            *sum = query.abs().mul_add(HALF_STEP.mul_add(scale, rounding), *sum);
+        for chunk in 0..query.len().div_ceil(LANES) {
+            let query = half::lanes(query, chunk);
+            let (scales, zeros) = (half::read_lanes(scales, chunk), half::read_lanes(zeros, chunk));
+            for lane in 0..LANES {
+                let rounding = KEY_LEVELS.mul_add(scales[lane], zeros[lane].abs()) * f32::EPSILON;
+                sums[lane] = query[lane].abs().mul_add(HALF_STEP.mul_add(scales[lane], rounding), sums[lane]);
+            }
         }
         join(sums, |x, y| x + y)
     }
@@ -211,9 +220,13 @@ multiversion! {
     /// sum_c q_c^2 scale_c^2
     fn interval_variance(query: &[f32], scales: &[u8]) -> f32 {
         let mut sums: Lanes = [0.0; LANES];
-        for (channel, query) in query.iter().enumerate() {
-            let step = query * half::read(scales, channel);
-            sums[channel % LANES] = step.mul_add(step, sums[channel % LANES]);
+        for chunk in 0..query.len().div_ceil(LANES) {
+            let query = half::lanes(query, chunk);
+            let scales = half::read_lanes(scales, chunk);
+            for lane in 0..LANES {
+                let step = query[lane] * scales[lane];
+                sums[lane] = step.mul_add(step, sums[lane]);
+            }
         }
         join(sums, |x, y| x + y)
     }
@@ -264,9 +277,8 @@ mod tests {
         for channel in 0..72 {
             let zero = half::read(&page[codec.layout.key_zeros.clone()], channel);
             let scale = half::read(&page[codec.layout.key_scales.clone()], channel);
-            let again = Affine { zero: f16::from_f32(zero), scale: f16::from_f32(scale) };
-            for token in 0..TILE {
-                assert_eq!(again.code(key_tile[channel * TILE + token], KEY_LEVELS), page[channel * TILE + token]);
+            for token in channel * TILE..(channel + 1) * TILE {
+                assert_eq!(super::super::affine::code(key_tile[token], zero, scale, KEY_LEVELS), page[token]);
             }
         }
         assert!(value_tile.chunks(padded(72)).all(|row| row[72..].iter().all(|x| *x == 0.0)));

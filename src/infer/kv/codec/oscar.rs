@@ -4,13 +4,14 @@
 //! R: the Walsh-Hadamard transform (for widths that are no power of two, with a random rotation of its blocks). A token whose norm is far
 //! from the others' would stretch the ranges that they share; without rotation first, normalizing would turn small tokens into outliers.
 
-use super::affine::Affine;
+use super::affine::{Affine, code, smaller};
 use super::bits::{pack, packed_len, unpack};
 use super::certificate;
 use super::rotation::Rotation;
-use super::{Codec, finite, half, store_values, transposed};
+use super::{Codec, column_squares, finite, half, store_values, transposed};
 use crate::multiversion;
 use crate::ops::cpu::attention::TILE;
+use crate::ops::cpu::reduce::larger;
 use crate::ops::cpu::scratch::Scratch;
 use ::half::f16;
 use std::ops::Range;
@@ -75,46 +76,67 @@ impl Oscar {
 
     /// Norm of each column of `x`, as it is stored.
     fn norms(&self, x: &[f32]) -> [f16; TILE] {
-        let mut squares = [0f64; TILE];
-        for row in x.as_chunks::<TILE>().0 {
-            squares.iter_mut().zip(row).for_each(|(sum, x)| *sum += f64::from(*x).powi(2));
-        }
-        squares.map(|square| if self.normalize { f16::from_f64(square.sqrt().min(f16::MAX.to_f64())) } else { f16::ONE })
+        column_squares(x).map(|square| if self.normalize { f16::from_f64(square.sqrt().min(f16::MAX.to_f64())) } else { f16::ONE })
     }
 
-    fn encode_keys(&self, mut x: Vec<f32>, page: &mut [u8]) {
+    fn encode_keys(&self, mut x: Scratch, page: &mut [u8]) {
         self.rotation.forward(&mut x, TILE);
         let norms = self.norms(&x);
         norms.iter().enumerate().for_each(|(token, norm)| half::write(&mut page[self.key_norms.clone()], token, *norm));
+        let wide = norms.map(f16::to_f32);
         for (channel, row) in x.as_chunks::<TILE>().0.iter().enumerate() {
-            let unit: [f32; TILE] = std::array::from_fn(|t| if norms[t] == f16::ZERO { 0.0 } else { row[t] / norms[t].to_f32() });
+            let unit: [f32; TILE] = std::array::from_fn(|t| if wide[t] > 0.0 { row[t] / wide[t] } else { 0.0 });
             let mut codes = [0; TILE];
             for (span, (unit, codes)) in unit.chunks(GROUP).zip(codes.chunks_mut(GROUP)).enumerate() {
-                let affine = Affine::fit(unit.iter().copied(), LEVELS);
+                let affine = Affine::fit(unit, LEVELS);
                 half::write(&mut page[self.key_scales.clone()], channel * SPANS + span, affine.scale);
                 half::write(&mut page[self.key_zeros.clone()], channel * SPANS + span, affine.zero);
-                codes.iter_mut().zip(unit).for_each(|(code, x)| *code = affine.code(*x, LEVELS));
+                affine.codes(unit, LEVELS, codes);
             }
             store_codes(&codes, channel, &mut page[self.key_codes.clone()]);
         }
     }
 
-    fn encode_values(&self, mut x: Vec<f32>, page: &mut [u8]) {
+    fn encode_values(&self, mut x: Scratch, page: &mut [u8]) {
         self.rotation.forward(&mut x, TILE);
+        // A turned value can leave the range of halves by a factor of sqrt(head_dim).
+        x.iter_mut().for_each(|x| *x = x.clamp(f16::MIN.to_f32(), f16::MAX.to_f32()));
         for (group, rows) in x.chunks(GROUP * TILE).enumerate() {
-            // A turned value can leave the range of halves by a factor of sqrt(head_dim).
-            let bounded = |x: f32| x.clamp(f16::MIN.to_f32(), f16::MAX.to_f32());
-            let affine: [Affine; TILE] =
-                std::array::from_fn(|token| Affine::fit(rows[token..].iter().step_by(TILE).map(|x| bounded(*x)), LEVELS));
+            let (low, high) = column_ranges(rows);
+            let affine: [Affine; TILE] = std::array::from_fn(|token| Affine::spanning(low[token], high[token], LEVELS));
             for (token, affine) in affine.iter().enumerate() {
                 half::write(&mut page[self.value_scales.clone()], group * TILE + token, affine.scale);
                 half::write(&mut page[self.value_zeros.clone()], group * TILE + token, affine.zero);
             }
+            let (zeros, scales) = (affine.map(|affine| affine.zero.to_f32()), affine.map(|affine| affine.scale.to_f32()));
             for (index, row) in rows.as_chunks::<TILE>().0.iter().enumerate() {
-                let codes = std::array::from_fn(|token| affine[token].code(bounded(row[token]), LEVELS));
-                store_codes(&codes, group * GROUP + index, &mut page[self.value_codes.clone()]);
+                store_codes(&column_codes(row, &zeros, &scales), group * GROUP + index, &mut page[self.value_codes.clone()]);
             }
         }
+    }
+}
+
+multiversion! {
+    /// The least and the greatest of each column of `rows`, `[channels, 64]`.
+    fn column_ranges(rows: &[f32]) -> ([f32; TILE], [f32; TILE]) {
+        let (mut low, mut high) = ([f32::INFINITY; TILE], [f32::NEG_INFINITY; TILE]);
+        for row in rows.as_chunks::<TILE>().0 {
+            for token in 0..TILE {
+                low[token] = smaller(row[token], low[token]);
+                high[token] = larger(row[token], high[token]);
+            }
+        }
+        (low, high)
+    }
+}
+
+multiversion! {
+    fn column_codes(row: &[f32; TILE], zeros: &[f32; TILE], scales: &[f32; TILE]) -> [u8; TILE] {
+        let mut codes = [0; TILE];
+        for token in 0..TILE {
+            codes[token] = code(row[token], zeros[token], scales[token], LEVELS);
+        }
+        codes
     }
 }
 

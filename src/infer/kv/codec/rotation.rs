@@ -4,6 +4,7 @@
 //! Randomized Hadamard transforms: Ailon & Chazelle 2006, doi:10.1145/1132516.1132597.
 
 use crate::multiversion;
+use crate::ops::cpu::scratch::Scratch;
 use crate::ops::rng::Stream;
 
 /// A fixed rotation.
@@ -65,7 +66,8 @@ impl Rotation {
             return;
         }
         let (size, length) = (self.width() / self.block, self.block * lanes);
-        let source = x.to_vec();
+        let mut source = Scratch::take(x.len());
+        source.copy_from_slice(x);
         x.fill(0.0);
         for (to, out) in x.chunks_exact_mut(length).enumerate() {
             for (from, x) in source.chunks_exact(length).enumerate() {

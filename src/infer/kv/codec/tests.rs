@@ -76,6 +76,9 @@ fn bounds_hold() {
             queries.push((0..width).map(|channel| difference(token, channel).signum() as f32).collect());
         }
         queries.push((0..width).map(|channel| f32::from(u8::from(channel == 3))).collect());
+        for factor in [1e-42, 1e-25, 1e12] {
+            queries.push(queries[0].iter().map(|x| x * factor).collect());
+        }
         for query in &queries {
             let score = |token: usize| (0..width).map(|c| f64::from(query[c]) * difference(token, c)).sum::<f64>().abs();
             let worst = (0..TILE).map(score).fold(0.0, f64::max) / (width as f64).sqrt();
@@ -94,6 +97,29 @@ fn bounds_hold() {
             assert!(row[width..].iter().all(|x| *x == 0.0), "{case}: padding");
         }
     });
+}
+
+/// Half a step per element, with the rounding of the result to f32; the interval form of the bound is no looser than that.
+#[test]
+fn eight_bit_keys_are_off_by_half_a_step_at_most() {
+    for width in WIDTHS {
+        let codec = Int8Int4::new(width);
+        for (kind, originals) in pages(width) {
+            let decoded = decode(&codec, &originals, &originals);
+            let scales = &decoded.page[codec.layout().key_scales.clone()];
+            for (i, x) in originals.iter().enumerate() {
+                let stored = f64::from(decoded.keys[i % width * TILE + i / width]);
+                let scale = f64::from(super::half::read(scales, i % width));
+                let bound = scale / 2.0 * (1.0 + 2f64.powi(-10)) + stored.abs() * 2f64.powi(-24);
+                assert!((x.to_f64() - stored).abs() <= bound, "width {width}, {kind}: {x} {stored} {scale}");
+                assert!(!kind.starts_with("constant") || x.to_f64() == stored, "width {width}, {kind}");
+            }
+        }
+        let (_, originals) = pages(width).swap_remove(0);
+        let page = decode(&codec, &originals, &originals).page;
+        let steps: f32 = (0..width).map(|channel| super::half::read(&page[codec.layout().key_scales.clone()], channel)).sum();
+        assert!(codec.score_error(&page, &vec![1.0; width]) <= steps / 2.0 / (width as f32).sqrt() * 1.001);
+    }
 }
 
 #[test]
@@ -125,6 +151,30 @@ fn numbers_that_are_not_finite_give_finite_tiles_and_no_certificate() {
             let values = decode(&*codec, &healthy, &sick);
             assert!(values.keys.iter().chain(&values.values).all(|x| x.is_finite()), "{name}");
             assert_eq!(codec.value_error(&values.page), f32::INFINITY, "{name}");
+        }
+    }
+}
+
+/// Any bits at all: tiles are finite, and bounds are numbers.
+#[test]
+fn random_bits_are_stored_as_something_finite() {
+    let mut stream = Stream::new(13, "codec bits");
+    for name in NAMES {
+        for width in [8, 10, 64] {
+            let codec = codec(name, width).unwrap();
+            for finite in [false, true] {
+                let mut half = || loop {
+                    let x = f16::from_bits(stream.bits() as u16);
+                    if x.is_finite() || !finite {
+                        return x;
+                    }
+                };
+                let [keys, values] = [(); 2].map(|()| (0..TILE * width).map(|_| half()).collect::<Vec<_>>());
+                let decoded = decode(&*codec, &keys, &values);
+                assert!(decoded.keys.iter().chain(&decoded.values).all(|x| x.is_finite()), "{name}, width {width}");
+                let bounds = [codec.score_error(&decoded.page, &vec![1.0; width]), codec.value_error(&decoded.page)];
+                assert!(bounds.iter().all(|bound| bound.is_finite() == finite && *bound > 0.0), "{name}, width {width}: {bounds:?}");
+            }
         }
     }
 }

@@ -14,7 +14,7 @@ use super::bits::{pack, packed_len, unpack};
 use super::certificate;
 use super::codebook::Codebook;
 use super::rotation::Rotation;
-use super::{Codec, finite, half, store_values, transposed};
+use super::{Codec, column_squares, finite, half, store_values, sum_of_squares, transposed};
 use crate::multiversion;
 use crate::ops::cpu::attention::TILE;
 use crate::ops::cpu::scratch::Scratch;
@@ -107,7 +107,9 @@ impl TurboQuant {
             choose_quarter(x, &mut side[self.mask.clone()]);
         }
         for (part, channels) in self.parts.iter().zip(self.channels(&side[self.mask.clone()])) {
-            let mut y: Vec<f32> = channels.iter().flat_map(|channel| &x[channel * TILE..][..TILE]).copied().collect();
+            let mut y = Scratch::take(channels.len() * TILE);
+            let rows = y.chunks_exact_mut(TILE);
+            rows.zip(channels).for_each(|(row, channel)| row.copy_from_slice(&x[channel * TILE..][..TILE]));
             part.rotation.forward(&mut y, TILE);
             let bytes = packed_len(part.codebook.bits());
             let scales = quantize(&y, &part.codebook, |channel, codes| {
@@ -167,30 +169,42 @@ impl Codec for TurboQuant {
 
 /// Sets the bits of the quarter of the channels of `x` with the largest energy over the page; the first of equals.
 fn choose_quarter(x: &[f32], mask: &mut [u8]) {
-    let energy = |channel: &[f32]| channel.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>();
-    let mut order: Vec<(usize, f64)> = x.chunks_exact(TILE).map(energy).enumerate().collect();
+    let mut order: Vec<(usize, f64)> = x.chunks_exact(TILE).map(sum_of_squares).enumerate().collect();
     order.sort_by(|(_, one), (_, other)| other.total_cmp(one));
     order.iter().take(order.len() / 4).for_each(|(channel, _)| mask[channel / 8] |= 1 << (channel % 8));
 }
 
 /// Hands the codes of each channel of `y` (`[width, 64]`, rotated) to `store` and returns gamma of each token.
 fn quantize(y: &[f32], codebook: &Codebook, mut store: impl FnMut(usize, &[u8; TILE])) -> [f16; TILE] {
-    let (mut squares, mut products) = ([0f64; TILE], [0f64; TILE]);
-    let rows = || y.as_chunks::<TILE>().0.iter().enumerate();
-    rows().for_each(|(_, row)| squares.iter_mut().zip(row).for_each(|(sum, y)| *sum += f64::from(*y).powi(2)));
+    let squares = column_squares(y);
     let width = (y.len() / TILE) as f64;
-    let inverses = squares.map(|square| if square > 0.0 { (width / square).sqrt() } else { 0.0 });
-    for (channel, row) in rows() {
-        let codes = std::array::from_fn(|token| codebook.code((f64::from(row[token]) * inverses[token]) as f32));
-        store(channel, &codes);
-        let terms = row.iter().zip(codes).map(|(y, code)| f64::from(*y) * f64::from(codebook.level(code)));
-        products.iter_mut().zip(terms).for_each(|(sum, term)| *sum += term);
+    let inverses = squares.map(|square| if square > 0.0 { (width / square).sqrt() as f32 } else { 0.0 });
+    let mut products = [0f64; TILE];
+    for (channel, row) in y.as_chunks::<TILE>().0.iter().enumerate() {
+        store(channel, &quantize_row(row, &inverses, codebook, &mut products));
     }
     std::array::from_fn(|token| match squares[token] {
         0.0 => f16::ZERO,
         // Terms of the product are not negative, and their sum is above a third of norm * sqrt(width).
         square => f16::from_f64((square / products[token]).min(f16::MAX.to_f64())),
     })
+}
+
+multiversion! {
+    /// Codes of a channel; adds its share to each token's <y, c>.
+    fn quantize_row(row: &[f32; TILE], inverses: &[f32; TILE], codebook: &Codebook, products: &mut [f64; TILE]) -> [u8; TILE] {
+        let (mut codes, mut levels) = ([0; TILE], [0f32; TILE]);
+        for token in 0..TILE {
+            codes[token] = codebook.code(row[token] * inverses[token]);
+        }
+        for token in 0..TILE {
+            levels[token] = codebook.level(codes[token]);
+        }
+        for token in 0..TILE {
+            products[token] += f64::from(row[token]) * f64::from(levels[token]);
+        }
+        codes
+    }
 }
 
 /// Overwrites `tile`, `[width, 64]`.
@@ -270,14 +284,14 @@ mod tests {
         }
     }
 
-    /// gamma makes the error orthogonal to the vector: D / (1 - D) of its square on average.
+    /// gamma makes the error orthogonal to the vector: D / (1 - D) of its square in wide heads, a little less in narrow ones.
     #[test]
     fn squared_error_is_that_of_the_codebook() {
         for (name, bits) in [("turboquant-2", 2), ("turboquant-3", 3), ("turboquant-4", 4)] {
             for width in [64, 80, 128] {
                 let codec = TurboQuant::by_name(name, width).unwrap();
                 let (mut error, mut square) = (0.0, 0.0);
-                for seed in 0..400 {
+                for seed in 0..40 {
                     let keys = normal(width, seed);
                     let tile = decoded_keys(&codec, &keys);
                     for (i, x) in keys.iter().enumerate() {
@@ -287,7 +301,7 @@ mod tests {
                 }
                 let distortion = Codebook::new(width, bits).distortion();
                 let ratio = error / square / (distortion / (1.0 - distortion));
-                eprintln!("{name} {width} {ratio}");
+                assert!((0.95..1.005).contains(&ratio), "{name}, width {width}: {ratio}");
             }
         }
     }

@@ -76,6 +76,9 @@ impl Line<'_> {
     }
 }
 
+/// Writes at least the squared norms of the 64 values of a tile.
+pub type SquaredNorms<'a> = dyn Fn(usize, &mut [f32; TILE]) + 'a;
+
 /// What a line drew from one tile, in units of the softmax's weights exp(score - `maximum`), `maximum` the largest score up to this tile.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Share {
@@ -161,7 +164,7 @@ multiversion! {
 }
 
 /// Attention of `lines`, in ascending order of position, over one key-value head. Overwrites `out`, `[lines, head_dim]`. Given
-/// `squared_norms`, which writes at least the squared norms of the values of a tile, returns every line's shares.
+/// `squared_norms`, returns every line's shares.
 ///
 /// A line gets the bits that [`attend_cached`](super::attend_cached) gives it over the same keys with the others masked.
 ///
@@ -173,7 +176,7 @@ pub fn attend_lines(
     lines: &[Line<'_>],
     tiles: &impl KeyValueTiles,
     kv_head: usize,
-    squared_norms: Option<&dyn Fn(usize, &mut [f32; TILE])>,
+    squared_norms: Option<&SquaredNorms<'_>>,
     out: &mut [f32],
 ) -> Vec<Shares> {
     assert_eq!(out.len(), lines.len() * head_dim, "one output per line");
@@ -185,6 +188,10 @@ pub fn attend_lines(
         let reads = |line: usize, tile: usize| lines[line].reads(tile);
         if let Some(squared_norms) = squared_norms {
             let shares = &mut all[index * BLOCK..][..lines.len()];
+            for (line, shares) in lines.iter().zip(&mut *shares) {
+                let tiles = line.tiles.map_or(line.position / TILE + 1, TileSet::len);
+                shares.outputs.reserve(tiles * padded(head_dim));
+            }
             block.attend_chosen(tiles, kv_head, reads, &mut Ledger { squared_norms, tile: None, norms: [0.0; TILE], shares });
         } else {
             block.attend_chosen(tiles, kv_head, reads, &mut Unwatched);
@@ -233,7 +240,7 @@ mod tests {
         for tiles in [None, Some(&every)] {
             let lines: Vec<Line<'_>> =
                 q.chunks(HEAD_DIM).enumerate().map(|(row, query)| Line { query, position: first + row, tiles }).collect();
-            for norms in [None, Some(&(|_: usize, norms: &mut [f32; TILE]| norms.fill(1.0)) as &dyn Fn(usize, &mut [f32; TILE]))] {
+            for norms in [None, Some(&(|_: usize, norms: &mut [f32; TILE]| norms.fill(1.0)) as &SquaredNorms<'_>)] {
                 let mut out = vec![9.0; q.len()];
                 attend_lines(HEAD_DIM, scale, &lines, &cache, 0, norms, &mut out);
                 assert!(bits(&out) == bits(&expected));
