@@ -26,6 +26,9 @@ const MOST_FACTS: u64 = 8;
 /// What a line of a list takes together with its question, when it has no remark.
 const LINE_BYTES: usize = 21;
 
+/// A list of fewer bytes has no remarks: looking things up is learned from many short lists.
+const SHORT: usize = 250;
+
 /// What a line of a list that is asked about takes, in the unit of the probes: room for a remark of some length.
 const LINE_LENGTH: usize = 48;
 
@@ -118,13 +121,13 @@ pub(super) fn needles(bytes: usize, random: &mut Random) -> String {
 }
 
 /// A document of about `bytes` bytes with a list and a question about each of its lines: half of the time as many lines as find room, or
-/// else fewer with remarks, which stretch the way from an answer to its question.
+/// else fewer, with remarks unless it is short, which stretch the way from an answer to its question.
 pub(super) fn list(bytes: usize, random: &mut Random) -> String {
     let most = (bytes / LINE_BYTES).clamp(2, FIRST.len() * SECOND.len());
     let full = random.below(2) == 0;
     let lines = if full { most } else { (between(2.0, (most + 1) as f64, random) as usize).min(most) };
     let mut facts = facts(lines, random);
-    let room = if full { 0 } else { (bytes / lines).saturating_sub(LINE_BYTES) };
+    let room = if full || bytes < SHORT { 0 } else { (bytes / lines).saturating_sub(LINE_BYTES) };
     let remark = remark(room, &mut str::len, random);
     let text: String = facts.iter().map(|fact| fact.line(&remark)).collect();
     random.shuffle(&mut facts);
