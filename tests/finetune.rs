@@ -350,9 +350,9 @@ fn an_adapter_is_refused_without_its_own_base() {
         eval("peft").refused(&["adapter_config.json", word]);
     }
     // A relative base, and one of the same shape that is another model.
-    sandbox.copy("base/step-000008", "peft/base");
+    sandbox.copy("base/step-000008", "peft/inner");
     let absolute = sandbox.path("base/step-000008").canonicalize().unwrap();
-    with("peft", &config.replace(absolute.to_str().unwrap(), "base"));
+    with("peft", &config.replace(absolute.to_str().unwrap(), "inner"));
     eval("peft").done();
     std::fs::remove_dir_all(sandbox.path("base/step-000008")).unwrap();
     sandbox.copy("twin/step-000008", "base/step-000008");
