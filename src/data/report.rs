@@ -157,6 +157,9 @@ fn is_padding(batch: &Batch, at: usize) -> bool {
 /// tokens attend across documents only BOS (or the EOS predicted before) tells.
 fn begins_stretch(dataset: &Dataset, batch: &Batch, at: usize) -> bool {
     let moved = batch.document_starts[at] != batch.document_starts[at - 1];
+    if dataset.train[batch.sources[at / batch.context] as usize].shard.is_weighted() {
+        return moved;
+    }
     let said = dataset.tokenizer.bos().is_some_and(|bos| batch.inputs[at] == bos)
         || dataset.tokenizer.eos().is_some_and(|eos| batch.targets[at - 1] == eos);
     moved || said
