@@ -138,17 +138,28 @@ impl<'a> Tape<'a> {
         outputs: [Tensor; N],
         backward: impl FnOnce(&mut Flow<'_>, [Option<Tensor>; N]) -> Result<()> + 'a,
     ) -> [Var; N] {
-        let parameters = inputs.iter().filter_map(|v| if let Origin::Parameter(i) = v.origin { Some(i) } else { None });
-        if !self.records(inputs) {
+        self.record_touching(inputs, vec![], outputs, backward)
+    }
+
+    /// The same for an operation that also reads the parameters `inside`, which are not among its inputs.
+    fn record_touching<const N: usize>(
+        &self,
+        inputs: &[&Var],
+        inside: Vec<usize>,
+        outputs: [Tensor; N],
+        backward: impl FnOnce(&mut Flow<'_>, [Option<Tensor>; N]) -> Result<()> + 'a,
+    ) -> [Var; N] {
+        let direct = inputs.iter().filter_map(|v| if let Origin::Parameter(i) = v.origin { Some(i) } else { None });
+        let tracked = !inside.is_empty() || inputs.iter().any(|v| v.needs_gradient());
+        let parameters: Vec<usize> = direct.chain(inside).collect();
+        if !(self.recording && tracked) {
             self.touched.borrow_mut().extend(parameters);
-            let tracked = inputs.iter().any(|v| v.needs_gradient());
             // Under a checkpoint the outputs must still look differentiable to the operations that follow.
             let origin = if tracked { Origin::Node(usize::MAX) } else { Origin::Constant };
             return outputs.map(|tensor| Var { tensor, origin });
         }
         let first = self.nodes.get();
         self.nodes.set(first + N);
-        let parameters = parameters.collect();
         let run = move |flow: &mut Flow<'_>| {
             let gradients: [Option<Tensor>; N] = std::array::from_fn(|i| flow.take(first + i));
             if gradients.iter().all(Option::is_none) { Ok(()) } else { backward(flow, gradients) }
@@ -176,7 +187,8 @@ impl<'a> Tape<'a> {
         let parameters = trial.touched.into_inner();
         let fused = self.fused;
         let saved = owned.clone();
-        let recorded = self.record(&owned.iter().collect::<Vec<_>>(), outputs, move |flow, gradients| {
+        // Frozen inputs do not make the parameters inside frozen.
+        let recorded = self.record_touching(&owned.iter().collect::<Vec<_>>(), parameters, outputs, move |flow, gradients| {
             let inner = Tape::with(true, fused);
             // Inputs become nodes of the inner tape so that their gradients can be collected and passed on.
             let leaves: Vec<Var> = saved.iter().map(|v| inner.leaf(v)).collect();
@@ -197,9 +209,6 @@ impl<'a> Tape<'a> {
             }
             Ok(())
         });
-        if let Some(step) = self.steps.borrow_mut().last_mut() {
-            step.parameters.extend(parameters);
-        }
         Ok(recorded)
     }
 

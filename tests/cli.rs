@@ -487,7 +487,7 @@ fn every_command_works_on_what_it_is_for() {
 const COMMANDS: &str = "\
 osprey <COMMAND> --help --quiet --version
 train <RECIPE> --device --help --json --quiet --replay --resume --set --verify-resume
-export <MODEL> --format --help --json --out --quiet
+export <MODEL> --document-separator --format --help --json --max-documents --merge-limit --out --quiet --text
 validate <ARTIFACT> --against --context --document-separator --help --json --max-documents --quiet --text
 eval <MODEL> --context --document-separator --help --json --max-documents --quiet --task --text --tokens
 generate <MODEL> --help --max-tokens --min-p --prompt --quiet --seed --temperature --top-k --top-p

@@ -2,6 +2,7 @@
 
 mod chat;
 mod cli;
+mod finetune;
 mod formats;
 mod golden;
 mod layering;

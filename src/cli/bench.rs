@@ -5,7 +5,7 @@ use super::printer::Printer;
 use super::{Status, memory, start_threads, write_json};
 use crate::data::Batch;
 use crate::error::{Error, Result};
-use crate::model::{Decoder, GradientBuffers, Parameters, flops, init::initialize};
+use crate::model::{Decoder, GradientBuffers, Parameters, Spec, flops, init::initialize};
 use crate::ops::cpu::bench::{Measurement, Shape, dense, ternary};
 use crate::ops::rng::Stream;
 use crate::optim::{Optimizer, RuleName};
@@ -101,6 +101,16 @@ impl Rig {
         Optimizer::new(&config, &step::parameter_infos(&self.parameters, spec.heads, spec.kv_heads), self.recipe.train.steps.max(1000))
     }
 
+    /// Floating-point operations of a step.
+    fn operations(&self) -> f64 {
+        let rows = Spec { context: self.row_tokens, ..self.decoder.spec().clone() };
+        if self.parameters.adapter().is_some() {
+            flops::adapter_training(&rows, self.tokens())
+        } else {
+            flops::training(&rows, self.tokens())
+        }
+    }
+
     fn tokens(&self) -> usize {
         self.recipe.train.batch * self.recipe.train.accumulate * self.row_tokens
     }
@@ -144,7 +154,7 @@ fn train(command: &Bench, printer: &Printer) -> Result<Status> {
         tokens_per_second: tokens as f64 / step_time.as_secs_f64(),
         step_milliseconds: step_time.as_secs_f64() * 1e3,
         forward_backward_milliseconds: pass_time.as_secs_f64() * 1e3,
-        gflops: flops::training(rig.decoder.spec(), tokens) / step_time.as_secs_f64() / 1e9,
+        gflops: rig.operations() / step_time.as_secs_f64() / 1e9,
         training_memory_bytes: before.zip(memory::resident()).map(|((before, _), (_, peak))| peak.saturating_sub(before)),
         loss,
     };

@@ -103,8 +103,17 @@ fn inspect_model(command: &Inspect, printer: &Printer) -> Result<Status> {
             Ok(summary(name, parameter.format.layout().name, shape, &found))
         })
         .collect::<Result<Vec<_>>>()?;
+    let adapter = loaded.adapter.iter().flat_map(|adapter| &adapter.modules).flat_map(|(module, part)| {
+        let (inputs, outputs) = (part.a.len() / part.rank, part.b.len() / part.rank);
+        let a = summary(&format!("{module}.lora_A.weight"), "f32", vec![part.rank, inputs], &part.a);
+        [a, summary(&format!("{module}.lora_B.weight"), "f32", vec![outputs, part.rank], &part.b)]
+    });
+    let tensors: Vec<TensorSummary> = adapter.chain(tensors).collect();
     write_json(command.report.json.as_deref(), &tensors)?;
     printer.data(format!("{} with {} parameters", describe(&command.path), crate::model::flops::parameters(&loaded.spec)))?;
+    if let Some(adapter) = &loaded.adapter {
+        printer.data(format!("an adapter of {} modules beside its base, {} bytes", adapter.modules.len(), adapter.bytes()))?;
+    }
     printer.data(format!("{:#?}", loaded.spec))?;
     let row = |t: &TensorSummary| {
         let numbers = [t.deviation, t.largest, t.largest_ratio, t.kurtosis].map(|value| format!("{value:.3}"));

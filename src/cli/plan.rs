@@ -5,7 +5,8 @@ use super::printer::Printer;
 use super::{Status, memory, start_threads, write_json};
 use crate::error::Result;
 use crate::export::plan::engines;
-use crate::model::{GradientBuffers, flops};
+use crate::model::{GradientBuffers, Spec, flops};
+use crate::ops::frozen::Frozen;
 use crate::optim::{Optimizer, Table};
 use crate::recipe::{Assembled, Recipe, assemble, load};
 use crate::train::{Feed, step};
@@ -67,16 +68,20 @@ fn measure(assembled: &Assembled, table: &Table) -> Result<Plan> {
     let tokens = setup.train.batch * setup.train.accumulate * setup.row_tokens;
     let state = table.rows.iter().map(|row| row.state_bytes).sum();
     let names = engines(&setup.spec);
+    let rows = Spec { context: setup.row_tokens, ..setup.spec.clone() };
     Ok(Plan {
         parameters: parameters.total(),
         transformers: names.transformers.map_or_else(|error| format!("none: {error}"), str::to_owned),
         llama_cpp: names.llama_cpp.map_or_else(|error| format!("none: {error}"), |found| found.name().to_owned()),
         tokens_per_step: tokens,
-        gflop_per_step: flops::training(&setup.spec, tokens) / 1e9,
+        gflop_per_step: if setup.trains_adapter() { flops::adapter_training(&rows, tokens) } else { flops::training(&rows, tokens) } / 1e9,
         step_seconds,
         run_seconds: step_seconds * setup.train.steps as f64,
         optimizer_state_bytes: state,
-        estimated_training_bytes: flops::training_bytes(&setup.spec, setup.train.batch, state, setup.activation_checkpointing),
+        estimated_training_bytes: 8 * parameters.total()
+            + parameters.frozen().values().map(Frozen::bytes).sum::<usize>()
+            + state
+            + flops::activation_bytes(&rows, setup.train.batch, setup.activation_checkpointing),
         measured_peak_bytes: memory::resident().map(|(_, peak)| peak),
     })
 }

@@ -128,6 +128,15 @@ impl StoredMatrix for Parameter {
         self.bytes().len()
     }
 
+    fn floats(&self) -> Option<&[f32]> {
+        if self.format.layout().name != "f32" || cfg!(target_endian = "big") {
+            return None;
+        }
+        // SAFETY: every pattern of four bytes is an f32, and `align_to` puts only whole, aligned ones into the middle.
+        let (before, values, after) = unsafe { self.bytes().align_to::<f32>() };
+        (before.is_empty() && after.is_empty()).then_some(values)
+    }
+
     fn expand(&self, first: usize, values: &mut [f32]) {
         let row = self.format.layout().row_bytes(self.columns()).expect("checked by the constructors");
         let count = values.len() / self.columns();

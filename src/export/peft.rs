@@ -74,8 +74,8 @@ fn check_fingerprint(folder: &Path, base: &Loaded) -> Result<()> {
     if !folder.join(checkpoint::MANIFEST).is_file() {
         return Ok(());
     }
-    let manifest = checkpoint::Manifest::read(folder)?;
-    match manifest.extra.get(BASE_FINGERPRINT).and_then(Value::as_str) {
+    let saved = checkpoint::open(folder)?;
+    match saved.manifest().extra.get(BASE_FINGERPRINT).and_then(Value::as_str) {
         Some(expected) if expected != fingerprint(base) => {
             Err(Error::file(folder, "was trained on another base than the one its configuration names now")
                 .fix("put the base back, or correct base_model_name_or_path in adapter_config.json"))
@@ -93,7 +93,8 @@ struct Config<'f> {
 impl<'f> Config<'f> {
     fn read(folder: &'f Path) -> Result<Self> {
         let path = folder.join(CONFIG);
-        let value = serde_json::from_str(&read_text(&path)?).map_err(|error| Error::file(&path, format!("is not JSON: {error}")))?;
+        let value = serde_json::from_str(&read_text(&path)?)
+            .map_err(|error| Error::file(&path, format!("is not JSON: {error}")).fix("save the adapter again"))?;
         let Value::Object(map) = value else { return Err(Error::file(&path, "is not a JSON object").fix("save the adapter again")) };
         let config = Self { folder, map };
         config.check()?;

@@ -17,17 +17,30 @@ pub fn multiplied_parameters(spec: &Spec) -> usize {
 /// Floating-point operations of forward and backward over `tokens` tokens in rows of the full context: 6 per multiplied parameter and
 /// token, and 12 * layers * width * context / 2 per token for causal attention (Chowdhery et al. 2022, arXiv:2204.02311, appendix B).
 pub fn training(spec: &Spec, tokens: usize) -> f64 {
+    passes(spec, tokens, 6.0)
+}
+
+/// The same where the model's weights are frozen and a small adapter is trained: no product forms their gradients, which leaves 4.
+pub fn adapter_training(spec: &Spec, tokens: usize) -> f64 {
+    passes(spec, tokens, 4.0)
+}
+
+fn passes(spec: &Spec, tokens: usize, per_parameter: f64) -> f64 {
     let attention = 6.0 * (spec.layers * spec.heads * spec.head_dim * spec.context) as f64;
-    tokens as f64 * (6.0 * multiplied_parameters(spec) as f64 + attention)
+    tokens as f64 * (per_parameter * multiplied_parameters(spec) as f64 + attention)
 }
 
 /// Bytes that training holds: weights, gradients and optimizer state, and the activations one micro-batch of `rows` rows saves.
 pub fn training_bytes(spec: &Spec, rows: usize, state_bytes: usize, checkpointing: bool) -> usize {
+    (8 * parameters(spec) + state_bytes).saturating_add(activation_bytes(spec, rows, checkpointing))
+}
+
+/// Bytes of the activations that one micro-batch of `rows` rows of the full context saves.
+pub fn activation_bytes(spec: &Spec, rows: usize, checkpointing: bool) -> usize {
     let (d, q, kv, f) = (spec.dim, spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim, spec.ffn);
     // Per token and layer: two normalized inputs, two stream states, q, k, v, attention output and branch outputs, gate, up and product.
     let block = 4 * d + 2 * q + 2 * kv + 3 * f;
     let kept = if checkpointing { spec.layers * 2 * d + block } else { spec.layers * block };
     let logits = 256 * spec.vocab;
-    let activations = 4.0 * (rows as f64 * spec.context as f64 * kept as f64 + logits as f64);
-    (8 * parameters(spec) + state_bytes).saturating_add(activations as usize)
+    (4.0 * (rows as f64 * spec.context as f64 * kept as f64 + logits as f64)) as usize
 }

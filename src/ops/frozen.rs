@@ -25,6 +25,11 @@ pub trait StoredMatrix: Send + Sync {
     /// Bytes held.
     fn bytes(&self) -> usize;
 
+    /// All values, where they are stored as f32 and can be read in place.
+    fn floats(&self) -> Option<&[f32]> {
+        None
+    }
+
     /// Expands whole rows from `first` on into `values`, `[count, columns]`.
     fn expand(&self, first: usize, values: &mut [f32]);
 }
@@ -161,9 +166,12 @@ fn quantized(x: &[f32], width: usize) -> (Vec<i8>, Vec<f32>) {
     (codes, gammas)
 }
 
-/// Expands the matrix tile by tile: `use_tile(first row, rows, values)`.
+/// Expands the matrix tile by tile: `use_tile(first row, rows, values)`. One that is f32 already is a single tile.
 fn for_row_tiles(matrix: &dyn StoredMatrix, mut use_tile: impl FnMut(usize, usize, &[f32])) {
     let (rows, columns) = (matrix.rows(), matrix.columns());
+    if let Some(values) = matrix.floats() {
+        return use_tile(0, rows, values);
+    }
     let height = (EXPANDED / columns).max(1).min(rows);
     let mut values = buffer(height * columns);
     for first in (0..rows).step_by(height) {

@@ -173,11 +173,11 @@ fn check_memory(spec: &Spec, row_tokens: usize, finetune: Option<&Finetune>, rec
         |finetune| finetune.activation_checkpointing,
     );
     let rows = Spec { context: row_tokens, ..spec.clone() };
-    let mut needed = flops::training_bytes(&rows, recipe.train.batch, 0, checkpointing);
-    if finetune.is_some_and(|finetune| finetune.config.lora.is_some()) {
-        // A frozen weight has no gradient, and may lie in a file.
-        needed = needed.saturating_sub(8 * flops::parameters(spec));
-    }
+    // A frozen weight has no gradient, and may lie in a file.
+    let needed = match finetune.is_some_and(|finetune| finetune.config.lora.is_some()) {
+        true => flops::activation_bytes(&rows, recipe.train.batch, checkpointing),
+        false => flops::training_bytes(&rows, recipe.train.batch, 0, checkpointing),
+    };
     // The estimate is not exact; only what is certain is refused.
     if (needed as f64) * 0.8 <= total as f64 {
         return Ok(());

@@ -191,9 +191,11 @@ impl Finetune {
                 Err(_) => Frozen::Ternary(Arc::new(PackedTernary::from_weights(&parameter.to_vec()?, rows, columns))),
             });
         }
+        // The head is read whole at every step.
+        let is_head = name == "lm_head.weight" || self.spec.tied && name == "model.embed_tokens.weight";
         match self.config.quantize {
             Some(Quantize::Nf4) if in_block => Ok(Frozen::Stored(Arc::new(Nf4Matrix::new(&parameter.to_vec()?, rows, columns)))),
-            _ if parameter.format.layout().name == "f32" => dense(),
+            _ if is_head && parameter.format.layout().name == "f32" => dense(),
             _ => Ok(Frozen::Stored(Arc::new(parameter.clone()))),
         }
     }
