@@ -199,7 +199,6 @@ impl Turns<'_> {
     }
 
     /// The end of turn `at` from the conversation that ends with it, where the whole text begins with that: up to its last stop token.
-    #[expect(clippy::type_complexity, reason = "not found, found but without a stop, found")]
     fn end_by_prefix(&self, at: usize, start: usize, is_answer: bool) -> Option<Result<(usize, Option<String>), Fault>> {
         let prefix = self.rendered(&self.values[..=at], false)?;
         let turn = prefix.get(start..).filter(|_| self.text.starts_with(&prefix))?;
