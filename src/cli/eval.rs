@@ -26,6 +26,11 @@ struct Found {
 /// Measures the loss on a text, with `--tokens` every token's as well, and the accuracy on tasks.
 pub(super) fn run(command: &Eval, printer: &Printer) -> Result<Status> {
     let tasks = tasks(&command.tasks)?;
+    if command.text.is_none() && (tasks.is_empty() || command.tokens.is_some()) {
+        return Err(
+            Error::input("osprey eval", "there is no text to evaluate").fix("give --text FILE, or --task NAME=FILE without --tokens")
+        );
+    }
     start_threads(None)?;
     let engine = Engine::load(&command.model)?;
     let mut found = Found::default();
