@@ -143,4 +143,5 @@ fn tasks_are_scored() {
     }
     sandbox.osprey(&["eval", model, "--task", "a=task.jsonl", "--task", "a=task.jsonl"]).refused(&["given twice"]);
     sandbox.osprey(&["eval", model]).refused(&["--text"]);
+    sandbox.osprey(&["eval", model, "--task", "a=task.jsonl", "--tokens", "tokens.jsonl"]).refused(&["--text"]);
 }

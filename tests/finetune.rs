@@ -139,7 +139,7 @@ fn recomputing_blocks_changes_no_bit_of_an_adapters_gradient() {
     let [kept, recomputed] = [false, true].map(|checkpointing| {
         let decoder = osprey::model::Decoder::with_positions(finetune.spec.clone(), 64, checkpointing);
         let mut gradients = GradientBuffers::new(&parameters).unwrap();
-        let loss = step::gradients(&decoder, &parameters, &[batch.clone()], 0.0, false, &mut gradients).unwrap();
+        let loss = step::gradients(&decoder, &parameters, std::slice::from_ref(&batch), 0.0, false, &mut gradients).unwrap();
         (loss, gradients.finished().len(), gradients.flat().to_vec1::<f32>().unwrap())
     });
     assert!(kept.2.iter().any(|&gradient| gradient != 0.0) && kept.1 == parameters.list().len());
@@ -350,9 +350,9 @@ fn an_adapter_is_refused_without_its_own_base() {
         eval("peft").refused(&["adapter_config.json", word]);
     }
     // A relative base, and one of the same shape that is another model.
-    sandbox.copy("base/step-000008", "peft/base");
+    sandbox.copy("base/step-000008", "peft/inner");
     let absolute = sandbox.path("base/step-000008").canonicalize().unwrap();
-    with("peft", &config.replace(absolute.to_str().unwrap(), "base"));
+    with("peft", &config.replace(absolute.to_str().unwrap(), "inner"));
     eval("peft").done();
     std::fs::remove_dir_all(sandbox.path("base/step-000008")).unwrap();
     sandbox.copy("twin/step-000008", "base/step-000008");

@@ -174,7 +174,7 @@ pub struct Eval {
     /// Checkpoint, Hugging Face directory or GGUF file.
     pub model: PathBuf,
     /// Text file (UTF-8), or JSONL with a `text` field.
-    #[arg(long, value_name = "FILE", required_unless_present = "tasks")]
+    #[arg(long, value_name = "FILE")]
     pub text: Option<PathBuf>,
     #[command(flatten)]
     pub documents: Documents,
@@ -186,7 +186,7 @@ pub struct Eval {
     #[command(flatten)]
     pub cache: Cache,
     /// Write one JSON line per predicted token: document, position, token, nll, top1.
-    #[arg(long, value_name = "FILE", requires = "text")]
+    #[arg(long, value_name = "FILE")]
     pub tokens: Option<PathBuf>,
     #[command(flatten)]
     pub report: Report,

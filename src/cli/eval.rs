@@ -27,6 +27,11 @@ pub(super) fn run(command: &Eval, printer: &Printer) -> Result<Status> {
     let processor = command.processor.device.parse()?;
     let cache = command.cache.options(processor)?;
     let tasks = tasks(&command.tasks)?;
+    if command.text.is_none() && (tasks.is_empty() || command.tokens.is_some()) {
+        return Err(
+            Error::input("osprey eval", "there is no text to evaluate").fix("give --text FILE, or --task NAME=FILE without --tokens")
+        );
+    }
     start_threads(None)?;
     let engine = Engine::load_on(&command.model, processor)?;
     let mut found = Found::default();

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 /// The mask of a source in figures.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct ConversationReport {
     /// Tokens that count in the loss, before the context cuts anything.
     pub trained_tokens: u64,
@@ -46,19 +46,7 @@ pub(super) fn conversation_report(dataset: &Dataset, part: &Part, context: usize
     let (shard, tokenizer) = (&part.shard, &dataset.tokenizer);
     let mut stops: BTreeMap<u32, u64> = BTreeMap::new();
     let mut used = 0u64;
-    let mut report = ConversationReport {
-        trained_tokens: 0,
-        trained_share: 0.0,
-        answers: 0,
-        truncated_answers: 0,
-        left_out: 0,
-        longest_tokens: 0,
-        padding_share: 0.0,
-        stop_tokens: Vec::new(),
-        answers_without_stop: 0,
-        double_bos: 0,
-        missing_bos: 0,
-    };
+    let mut report = ConversationReport::default();
     for document in 0..shard.documents() {
         let (tokens, weights) = (shard.document(document), shard.document_weights(document));
         report.trained_tokens += weights.iter().filter(|&&weight| weight > 0.0).count() as u64;

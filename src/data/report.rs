@@ -107,7 +107,7 @@ pub fn report(dataset: &Dataset, rows: usize, context: usize, seed: u64, shown: 
     let validation = dataset.validation.iter().map(|part| part_report(dataset, context, part, part.share)).collect();
     let shown = (0..rows.min(shown)).map(|row| row_report(dataset, &batch, row)).collect::<Result<_>>()?;
     let padding_tokens = (0..rows * context).filter(|&at| is_padding(&batch, at)).count();
-    let begins = |at: &usize| !is_padding(&batch, *at) && (at % context == 0 || begins_stretch(dataset, &batch, *at));
+    let begins = |at: &usize| !is_padding(&batch, *at) && (at.is_multiple_of(context) || begins_stretch(dataset, &batch, *at));
     let documents = (0..rows * context).filter(begins).count();
     let (tokens, trained_tokens) = (rows * context, batch.trained_tokens());
     Ok(Report {
@@ -157,6 +157,9 @@ fn is_padding(batch: &Batch, at: usize) -> bool {
 /// tokens attend across documents only BOS (or the EOS predicted before) tells.
 fn begins_stretch(dataset: &Dataset, batch: &Batch, at: usize) -> bool {
     let moved = batch.document_starts[at] != batch.document_starts[at - 1];
+    if dataset.train[batch.sources[at / batch.context] as usize].shard.is_weighted() {
+        return moved;
+    }
     let said = dataset.tokenizer.bos().is_some_and(|bos| batch.inputs[at] == bos)
         || dataset.tokenizer.eos().is_some_and(|eos| batch.targets[at - 1] == eos);
     moved || said

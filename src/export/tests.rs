@@ -145,9 +145,13 @@ fn candle_reads_the_same_values() {
 
 #[test]
 fn files_without_our_own_keys_are_understood() {
-    for (spec, target) in
-        [(face(), Target::GgufF16), (ternary_spec(), Target::GgufTq2_0), (Spec { tied: true, qk_norm: true, ..face() }, Target::GgufQ8_0)]
-    {
+    let divisors = (0..face().head_dim / 2).map(|i| 1.0 + 0.5 * i as f32).collect();
+    for (spec, target) in [
+        (face(), Target::GgufF16),
+        (ternary_spec(), Target::GgufTq2_0),
+        (Spec { tied: true, qk_norm: true, ..face() }, Target::GgufQ8_0),
+        (Spec { rope_scaling: Some(crate::model::RopeScaling::Divisors(divisors)), ..face() }, Target::GgufF16),
+    ] {
         let (_folder, path, _, ours) = exported(&spec, target);
         let file = gguf::GgufFile::open(&path).unwrap();
         let mut metadata = gguf::Metadata::default();

@@ -11,7 +11,7 @@ const CODES: [f32; 16] = [
     -1.0,
     -0.696_192_8,
     -0.525_073_05,
-    -0.394_917_49,
+    -0.394_917_5,
     -0.284_441_38,
     -0.184_773_43,
     -0.091_050_036,
@@ -36,7 +36,7 @@ static DYNAMIC: LazyLock<[f32; 256]> = LazyLock::new(|| {
     let mut values = vec![0.0f32, 1.0];
     for decade in 0..7 {
         let count = 1usize << decade;
-        let scale = 10f64.powi(decade as i32 - 6);
+        let scale = 10f64.powi(decade - 6);
         for i in 0..count {
             let step = 0.9 / count as f64;
             let middle = 0.1 + step * (i as f64 + 0.5);

@@ -163,14 +163,15 @@ impl Turns<'_> {
             )
         };
         let before = places[..at].iter().rev().find_map(|place| place.end).unwrap_or(0);
-        let known_end = places[at].end;
-        let start = self.start(at, before, &places[at], is_answer);
-        let (start, Some(end)) = (start, known_end) else {
-            let start = start.ok_or_else(lost)?;
+        let start = self.start(at, before, &places[at], is_answer).ok_or_else(lost)?;
+        let Some(end) = places[at].end else {
             let (end, stop) = self.end_by_prefix(at, start, is_answer).ok_or_else(lost)??;
+            if is_answer && self.text[start..end - stop.as_ref().map_or(0, String::len)].trim().is_empty() {
+                let cause = format!("{} prints nothing of {}, which calls a tool", self.renderer.template.name(), self.name(at));
+                return Err(fault(cause, "choose a template that prints tool calls, or remove the record"));
+            }
             return Ok(Span { range: start..end, weight, stop });
         };
-        let start = start.ok_or_else(lost)?;
         let next = places[at + 1..].iter().find_map(|place| place.start).unwrap_or(self.text.len()).max(end);
         match self.renderer.first_stop(&self.text[end..next]) {
             Some((place, stop)) => Ok(Span { range: start..end + place + stop.len(), weight, stop: Some(stop.to_owned()) }),
@@ -187,14 +188,17 @@ impl Turns<'_> {
             let found = between.find(invitation).filter(|_| !invitation.is_empty());
             found.map(|found| before + found + invitation.len())
         };
-        after(&self.renderer.invitation).or(place.start).or_else(|| after(self.renderer.invitation.trim_end())).or_else(|| {
+        let invitation = self.renderer.invitation.as_str();
+        // A template may print more white space where it invites an answer than where it shows one.
+        let blanks = invitation[invitation.trim_end().len()..].char_indices().rev();
+        let shorter = || blanks.map(|(at, _)| &invitation[..invitation.trim_end().len() + at]).find_map(after);
+        after(invitation).or(place.start).or_else(shorter).or_else(|| {
             let prefix = self.rendered(&self.values[..at], is_answer)?;
             self.text.starts_with(&prefix).then_some(prefix.len())
         })
     }
 
     /// The end of turn `at` from the conversation that ends with it, where the whole text begins with that: up to its last stop token.
-    #[expect(clippy::type_complexity, reason = "not found, found but without a stop, found")]
     fn end_by_prefix(&self, at: usize, start: usize, is_answer: bool) -> Option<Result<(usize, Option<String>), Fault>> {
         let prefix = self.rendered(&self.values[..=at], false)?;
         let turn = prefix.get(start..).filter(|_| self.text.starts_with(&prefix))?;

@@ -78,8 +78,14 @@ fn masks_are_those_of_the_generation_tags() {
         let stops = tokenizer.special_pieces().into_iter().filter(|piece| piece != template.special("bos_token")).collect();
         let rendered = match Renderer::new(&template, stops, Train::Answers).render(&conversation) {
             Ok(rendered) => rendered,
-            // ChatML and Gemma print nothing of a call: there is no turn to find.
-            Err(fault) => panic!("{}: {fault:?} {}", case["template"], case["messages"]),
+            // These print nothing of a call: an empty turn is not to be learned.
+            Err(fault) => {
+                assert!(
+                    fault.cause.contains("prints nothing of turn") && ["chatml", "gemma"].contains(&case["template"].as_str().unwrap()),
+                    "{fault:?}"
+                );
+                continue;
+            }
         };
         let document = document(&tokenizer, &rendered).unwrap();
         let ids: Vec<u32> = case["ids"].as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect();
@@ -227,7 +233,7 @@ fn the_sets_of_the_corpora_are_read() {
         let config: Config = toml::from_str(&section).unwrap();
         let chat = config.open(&TokenizerConfig::File(model.clone()), Path::new(".")).unwrap();
         let documents = chat.documents(&Tokenizer::load(&model).unwrap()).unwrap_or_else(|error| panic!("{name}: {error}"));
-        assert!(documents.len() >= 250 && documents.iter().all(|document| document.weights.iter().any(|&weight| weight == 1.0)), "{name}");
+        assert!(documents.len() >= 250 && documents.iter().all(|document| document.weights.contains(&1.0)), "{name}");
     }
 }
 
