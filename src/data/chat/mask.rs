@@ -3,7 +3,7 @@
 //! Turns are found in the text, not assumed: a mark set after a turn's first character, or before its last one, must come out at one
 //! place and change nothing else; that place is the turn's start or end. What `add_generation_prompt` adds tells where an answer begins
 //! even when the template rewrites its beginning (hidden reasoning). A turn without a content (a tool call) ends where the conversation
-//! up to it ends. An answer is trained up to and with the special token that follows it, which is where generation will stop.
+//! up to it ends, or at the stop token that follows other answers. An answer is trained up to and with the special token that follows it, which is where generation will stop.
 
 use super::records::{Conversation, Fault, Message, Speaker, fault};
 use super::template::Template;
@@ -165,7 +165,10 @@ impl Turns<'_> {
         let before = places[..at].iter().rev().find_map(|place| place.end).unwrap_or(0);
         let start = self.start(at, before, &places[at], is_answer).ok_or_else(lost)?;
         let Some(end) = places[at].end else {
-            let (end, stop) = self.end_by_prefix(at, start, is_answer).ok_or_else(lost)??;
+            let (end, stop) = match self.end_by_prefix(at, start, is_answer) {
+                Some(found) => found?,
+                None => self.end_by_neighbours(at, start, places).ok_or_else(lost)?,
+            };
             if is_answer && self.text[start..end - stop.as_ref().map_or(0, String::len)].trim().is_empty() {
                 let cause = format!("{} prints nothing of {}, which calls a tool", self.renderer.template.name(), self.name(at));
                 return Err(fault(cause, "choose a template that prints tool calls, or remove the record"));
@@ -207,6 +210,17 @@ impl Turns<'_> {
             None if is_answer => Err(self.renderer.untrained_stop(&self.name(at))),
             None => Ok((prefix.len(), None)),
         })
+    }
+
+    /// The end of turn `at` where the text goes on otherwise than the conversation that ends with it: the stop token that follows other
+    /// answers, before the next turn begins.
+    fn end_by_neighbours(&self, at: usize, start: usize, places: &[Place]) -> Option<(usize, Option<String>)> {
+        let next = places[at + 1..].iter().find_map(|place| place.start)?;
+        let answers = self.conversation.messages.iter().zip(places).filter(|(message, _)| message.speaker == Speaker::Assistant);
+        let end = answers.into_iter().find_map(|(_, place)| place.end)?;
+        let (_, stop) = self.renderer.first_stop(&self.text[end..])?;
+        let place = self.text.get(start..next)?.find(stop)?;
+        Some((start + place + stop.len(), Some(stop.to_owned())))
     }
 
     fn rendered(&self, values: &[Value], generation: bool) -> Option<String> {
