@@ -79,7 +79,9 @@ pub(in crate::train) fn as_ranks<T: Send>(size: usize, work: impl Fn(Ranks) -> T
             awaited: Arc::default(),
             trace: Trace::from_environment(rank),
         })));
-        let result = work(ranks.clone());
+        // A pool of its own, as a process has: ranks that shared threads would wait for each other on them for ever.
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+        let result = pool.install(|| work(ranks.clone()));
         ranks.part().unwrap();
         result
     };

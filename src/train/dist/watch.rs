@@ -179,7 +179,7 @@ impl Watch {
     /// Returns when all ranks have said the same; otherwise the run ends with one message.
     pub(super) fn agree(&self, what: &str, value: &str) {
         let wanted = lock(&self.shared.heard).agreed + 1;
-        let _ = say(&mut *lock(&self.stream), &Said::Agree { what: what.to_owned(), value: value.to_owned() });
+        let _ = say(&mut lock(&self.stream), &Said::Agree { what: what.to_owned(), value: value.to_owned() });
         let mut heard = lock(&self.shared.heard);
         while heard.agreed < wanted {
             heard = self.shared.changed.wait(heard).unwrap_or_else(std::sync::PoisonError::into_inner);
@@ -189,7 +189,7 @@ impl Watch {
     /// This rank ends with an error of its own. Whether it is the one to say so.
     pub(super) fn fail(&self, code: u8) -> bool {
         self.shared.leaving.store(true, Ordering::Relaxed);
-        if say(&mut *lock(&self.stream), &Said::Failed { code }).is_err() {
+        if say(&mut lock(&self.stream), &Said::Failed { code }).is_err() {
             return true;
         }
         let heard = lock(&self.shared.heard);
@@ -201,7 +201,7 @@ impl Watch {
     /// The run is over and went well.
     pub(super) fn bye(&self) {
         self.shared.leaving.store(true, Ordering::Relaxed);
-        let _ = say(&mut *lock(&self.stream), &Said::Bye);
+        let _ = say(&mut lock(&self.stream), &Said::Bye);
         if let Some(server) = lock(&self.server).take() {
             let _ = server.join();
         }
