@@ -195,10 +195,15 @@ impl Turns<'_> {
         // A template may print more white space where it invites an answer than where it shows one.
         let blanks = invitation[invitation.trim_end().len()..].char_indices().rev();
         let shorter = || blanks.map(|(at, _)| &invitation[..invitation.trim_end().len() + at]).find_map(after);
-        after(invitation).or(place.start).or_else(shorter).or_else(|| {
-            let prefix = self.rendered(&self.values[..at], is_answer)?;
-            self.text.starts_with(&prefix).then_some(prefix.len())
-        })
+        // Without an invitation an answer begins where the prompt ends: a blank before it is the model's to say.
+        let prompt = || {
+            let prompt = self.rendered(&self.values[..at], is_answer)?;
+            (self.text.starts_with(&prompt) && (before..=limit).contains(&prompt.len())).then_some(prompt.len())
+        };
+        match is_answer {
+            true => after(invitation).or_else(prompt).or(place.start).or_else(shorter),
+            false => place.start.or_else(prompt),
+        }
     }
 
     /// The end of turn `at` from the conversation that ends with it, where the whole text begins with that: up to its last stop token.
