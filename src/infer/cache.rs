@@ -228,11 +228,6 @@ mod tests {
         let median = counters.median_looseness().unwrap();
         assert!((median / 3.1).log2().abs() <= 0.25 && counters.looseness.iter().sum::<u64>() == 5, "{median}");
     }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
 
     #[test]
     fn certificates_have_names() {
