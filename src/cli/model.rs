@@ -87,7 +87,11 @@ fn show_certificates(report: &Report, printer: &Printer) -> Result<()> {
     let (Some(violations), Some(promoted), Some(_)) = (cache.certificate_violations, cache.pages_promoted, cache.bound_mean) else {
         return Ok(());
     };
-    let percent = |share: Option<f64>| share.map_or_else(String::new, |share| format!("{:.3}%", share * 100.0));
+    let percent = |share: Option<f64>| match share.map(|share| share * 100.0) {
+        None => String::new(),
+        Some(share) if share < 1e6 => format!("{share:.3}%"),
+        Some(share) => format!("{share:.0e}%"),
+    };
     printer.data(format!(
         "certificates: {violations} violations; bound {} in the mean and {} at most, error {} and {}{}; estimate {}, error beyond twice that {}",
         percent(cache.bound_mean),
