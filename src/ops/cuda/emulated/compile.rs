@@ -95,6 +95,11 @@ impl Source {
     }
 }
 
+/// Whether kernels are built under the address and undefined-behaviour sanitizers.
+pub(super) fn is_sanitized() -> bool {
+    std::env::var_os("OSPREY_EMULATE_SANITIZE").is_some_and(|value| value == "1")
+}
+
 impl Compiler {
     fn find() -> Option<Self> {
         let program = std::env::var("CXX").unwrap_or_else(|_| "c++".to_owned());
@@ -103,7 +108,7 @@ impl Compiler {
             let _ = writeln!(std::io::stderr(), "SKIPPED: emulated kernels need a C++ compiler, and {program} does not run");
             return None;
         };
-        let sanitize = std::env::var_os("OSPREY_EMULATE_SANITIZE").is_some_and(|value| value == "1");
+        let sanitize = is_sanitized();
         let flags = flags(sanitize);
         let mut digest = Xxh3::new();
         digest.update(&version.stdout);
