@@ -322,7 +322,8 @@ mod tests {
             let (body, questions) = text.rsplit_once("\nAsked:").unwrap();
             let questions: Vec<&str> = questions.split_terminator(';').map(str::trim).collect();
             assert!(questions.iter().all(|fact| body.matches(fact).count() == 1), "{text}");
-            assert!(text.len() < config.longest * 11 / 10 + 500, "{}", text.len());
+            // A list may go beyond by a clause in each of its lines.
+            assert!(text.len() < 3 * config.longest / 2, "{}", text.len());
             (shortest, longest) = (shortest.min(text.len()), longest.max(text.len()));
         }
         assert!(shortest < 2 * config.shortest && longest > config.longest / 2, "{shortest} to {longest}");
