@@ -50,6 +50,7 @@ pub(super) fn run(assembled: &Assembled, outcome: &Outcome, json: Option<&Path>,
     if let Some(report) = &cache {
         printer.data(format!("the same weights with cache {}", model::cache_name(report)))?;
         model::show(report, printer)?;
+        show_chance(assembled, report, printer)?;
     }
     sample(assembled, &folder, outcome, printer)?;
     let evaluation = outcome.evaluation.as_ref();
@@ -126,27 +127,34 @@ fn deployed(assembled: &Assembled, folder: &Path, outcome: &Outcome) -> Result<P
     Ok(first.unwrap_or_else(|| outcome.checkpoint.clone()))
 }
 
-/// Questions about what the recipe trains on: short skills, and needles and lists where it has some.
+/// Questions about what the recipe trains on: short skills as its sources have them, and needles and lists where there are some.
 fn probes(assembled: &Assembled, artifact: &Engine) -> Result<Vec<Probe>> {
-    let (Some(config), count) = (builtin_source(assembled), assembled.recipe.validate.probes) else { return Ok(vec![]) };
-    let mut probes = skill_probes(config, probing::SEED, count);
-    probes.retain(|probe| config.trains(probe.skill));
-    if config.trains(Skill::Needle) || config.trains(Skill::Pair) {
+    let count = assembled.recipe.validate.probes;
+    let trained = |skill: Skill| builtin_sources(assembled).find(|config| config.trains(skill));
+    let short = |skill: Skill| trained(skill).map_or_else(Vec::new, |config| skill_probes(config, probing::SEED, count));
+    let mut probes: Vec<Probe> =
+        Skill::SHORT.into_iter().flat_map(|skill| short(skill).into_iter().filter(move |probe| probe.skill == skill)).collect();
+    if trained(Skill::Needle).is_some() || trained(Skill::Pair).is_some() {
         let long = probing::long(artifact.tokenizer()?, artifact.spec().context, count)?;
-        probes.extend(long.into_iter().filter(|probe| config.trains(probe.skill)));
+        probes.extend(long.into_iter().filter(|probe| trained(probe.skill).is_some()));
     }
     Ok(probes)
 }
 
 /// What a model scores that knows the form of a skill's documents but not the skill.
 fn show_chance(assembled: &Assembled, report: &Report, printer: &Printer) -> Result<()> {
-    let Some(config) = builtin_source(assembled).filter(|_| !report.skills.is_empty()) else { return Ok(()) };
-    let chance = |pair: &SkillPair| format!("{} {:.1}%", pair.skill.name(), pair.skill.chance(config) * 100.0);
-    printer.data(format!("chance: {}", report.skills.iter().map(chance).collect::<Vec<_>>().join(", ")))
+    let chance = |pair: &SkillPair| {
+        let config = builtin_sources(assembled).find(|config| config.trains(pair.skill))?;
+        Some(format!("{} {:.1}%", pair.skill.name(), pair.skill.chance(config) * 100.0))
+    };
+    match report.skills.iter().filter_map(chance).collect::<Vec<_>>().as_slice() {
+        [] => Ok(()),
+        chances => printer.data(format!("chance: {}", chances.join(", "))),
+    }
 }
 
-fn builtin_source(assembled: &Assembled) -> Option<&builtin::Config> {
-    assembled.recipe.data.sources.iter().find_map(|source| if let SourceConfig::Builtin(config) = source { Some(config) } else { None })
+fn builtin_sources(assembled: &Assembled) -> impl Iterator<Item = &builtin::Config> {
+    assembled.recipe.data.sources.iter().filter_map(|source| if let SourceConfig::Builtin(config) = source { Some(config) } else { None })
 }
 
 /// The first held-out documents, as many as the recipe asks for, cut to the context.
