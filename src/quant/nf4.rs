@@ -1,5 +1,5 @@
 //! NF4 with double quantization, the frozen base of QLoRA. Dettmers et al. 2023, arXiv:2305.14314; layout and code tables of bitsandbytes.
-//! w = code[c] * absmax of its block of 64 along the flattened matrix;  absmax = mean + dynamic8[b] * largest of 256 of them
+//! w = code\[c\] * absmax of its block of 64 along the flattened matrix;  absmax = mean + dynamic8\[b\] * largest of 256 of them
 //! 4 + 8/64 + 32/(64 * 256) = 4.127 bits per weight. A training format: never written to files.
 
 use crate::ops::frozen::StoredMatrix;

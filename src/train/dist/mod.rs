@@ -1,7 +1,7 @@
 //! Ranks: processes that train one model together, each on its share of every batch.
 //!
 //! [`Ranks`] is what the training loop sees; a run of one process is [`Ranks::alone`], for which everything here is nothing. Collectives
-//! run on a thread of their own ([`engine`]) over MPI or NCCL, the [`watch`] says who is missing when one does not end, [`Buckets`] reduce
+//! run on a thread of their own (`engine`) over MPI or NCCL, the `watch` says who is missing when one does not end, [`Buckets`] reduce
 //! gradients while the backward pass still computes.
 
 mod buckets;
