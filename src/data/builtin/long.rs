@@ -123,12 +123,11 @@ pub(super) fn needles(bytes: usize, random: &mut Random) -> String {
     text + "\n" + &asked(&facts)
 }
 
-/// A document of about `bytes` bytes with a list and a question about each of its lines: half of the time as many lines as find room,
-/// or else fewer, with remarks unless it is short, which stretch the way from an answer to its question.
+/// A document of about `bytes` bytes with a list and a question about each of its lines: half of the time as many lines as find room, or
+/// else fewer, with remarks unless it is short, which stretch the way from an answer to its question.
 pub(super) fn list(bytes: usize, random: &mut Random) -> String {
     let most = (bytes / LINE_BYTES).clamp(2, FIRST.len() * SECOND.len());
-    // There are not enough names to fill a long list.
-    let full = random.below(2) == 0 && bytes / LINE_BYTES <= most;
+    let full = random.below(2) == 0;
     let lines = if full { most } else { (between(2.0, (most + 1) as f64, random) as usize).min(most) };
     let mut facts = facts(lines, random);
     let room = if full || bytes < SHORT { 0 } else { (bytes / lines).saturating_sub(LINE_BYTES) };
@@ -236,15 +235,12 @@ fn fill(text: &mut String, room: usize, ruler: &mut Ruler<'_>, words: &mut Words
     filled
 }
 
-/// The longest of so many remarks that fit is taken, for a text that is about as long as asked for.
-const DRAWS: usize = 16;
-
 fn lines(length: usize, depths: &[f64], ruler: &mut Ruler<'_>, random: &mut Random) -> (String, Vec<Fact>) {
     let whole = length.saturating_sub(ruler.question());
-    let all = facts(usize::MAX, random);
-    let room = (whole / (whole / LINE_LENGTH).clamp(2, all.len())).saturating_sub(ruler.of(&all[0].line("")));
-    let draws = (0..DRAWS).map(|_| remark(room, &mut |text| (ruler.measure)(text), random));
-    let remark = draws.max_by_key(String::len).unwrap_or_default();
+    let wanted = (whole / LINE_LENGTH).clamp(2, FIRST.len() * SECOND.len());
+    let all = facts(wanted, random);
+    let bare = ruler.of(&all[0].line(""));
+    let remark = remark((whole / wanted).saturating_sub(bare), &mut |text| (ruler.measure)(text), random);
     let (mut text, mut at, mut used) = (String::new(), 0, 0);
     for fact in &all {
         let line = fact.line(&remark);
