@@ -235,12 +235,15 @@ fn fill(text: &mut String, room: usize, ruler: &mut Ruler<'_>, words: &mut Words
     filled
 }
 
+/// The longest of so many remarks that fit is taken, for a text that is about as long as asked for.
+const DRAWS: usize = 16;
+
 fn lines(length: usize, depths: &[f64], ruler: &mut Ruler<'_>, random: &mut Random) -> (String, Vec<Fact>) {
     let whole = length.saturating_sub(ruler.question());
-    let wanted = (whole / LINE_LENGTH).clamp(2, FIRST.len() * SECOND.len());
-    let all = facts(wanted, random);
-    let bare = ruler.of(&all[0].line(""));
-    let remark = remark((whole / wanted).saturating_sub(bare), &mut |text| (ruler.measure)(text), random);
+    let all = facts(usize::MAX, random);
+    let room = (whole / (whole / LINE_LENGTH).clamp(2, all.len())).saturating_sub(ruler.of(&all[0].line("")));
+    let draws = (0..DRAWS).map(|_| remark(room, &mut |text| (ruler.measure)(text), random));
+    let remark = draws.max_by_key(String::len).unwrap_or_default();
     let (mut text, mut at, mut used) = (String::new(), 0, 0);
     for fact in &all {
         let line = fact.line(&remark);
