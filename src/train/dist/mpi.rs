@@ -84,7 +84,8 @@ impl Engine for Mpi {
     }
 
     fn sum_f64(&mut self, values: &mut [f64]) -> Result<()> {
-        self.add(&values.to_vec(), values);
+        let mine = values.to_vec();
+        self.add(&mine, values);
         Ok(())
     }
 
