@@ -179,14 +179,44 @@ fn median(mut times: Vec<Duration>) -> Duration {
     times.get(times.len() / 2).copied().unwrap_or_default()
 }
 
+/// How often the recipe's batch is accumulated in the steps that an update is compared with.
+const BATCHES: [usize; 4] = [1, 2, 4, 8];
+
 #[derive(Serialize)]
 struct RuleFigures {
     rule: &'static str,
     step_milliseconds: f64,
-    share_of_step: f64,
+    /// Of the update's matrix products, after the FLOP model of `optim::orthogonalize`.
+    gflop: f64,
+    shares: Vec<Share>,
 }
 
-/// One update of each rule beside the forward and backward passes of the recipe's step.
+/// The update's share of a step of so many tokens.
+#[derive(Serialize)]
+struct Share {
+    tokens: usize,
+    share_of_time: f64,
+    share_of_operations: f64,
+}
+
+impl RuleFigures {
+    fn new(rule: RuleName, seconds: f64, operations: f64, pass: f64, rig: &Rig) -> Self {
+        let share = |times: usize| Share {
+            tokens: times * rig.tokens(),
+            share_of_time: seconds / (seconds + times as f64 * pass),
+            share_of_operations: operations / (operations + times as f64 * rig.operations()),
+        };
+        Self { rule: rule.name(), step_milliseconds: seconds * 1e3, gflop: operations / 1e9, shares: BATCHES.map(share).into() }
+    }
+
+    fn row(&self) -> Vec<String> {
+        let share = |share: &Share| format!("{:.1} ({:.1})", share.share_of_time * 100.0, share.share_of_operations * 100.0);
+        let figures = [self.rule.to_owned(), format!("{:.1}", self.step_milliseconds), format!("{:.2}", self.gflop)];
+        figures.into_iter().chain(self.shares.iter().map(share)).collect()
+    }
+}
+
+/// One update of each rule beside the forward and backward passes of the recipe's step, and of that step with larger batches.
 fn optim(command: &Bench, printer: &Printer) -> Result<Status> {
     if command.compare {
         return super::compare::run(command, &recipe(command)?, printer);
@@ -211,12 +241,14 @@ fn optim(command: &Bench, printer: &Printer) -> Result<Status> {
         }
         // The mean, not the median: LionMuon's steps alternate between two costs. The first one also touches fresh memory.
         let mean = times[1..].iter().sum::<f64>() / command.steps.max(1) as f64;
-        figures.push(RuleFigures { rule: rule.name(), step_milliseconds: mean * 1e3, share_of_step: mean / (mean + pass) });
+        figures.push(RuleFigures::new(rule, mean, optimizer.operations(), pass, &rig));
     }
     write_json(command.report.json.as_deref(), &figures)?;
     printer.data(format!("forward and backward: {:.0} ms for {} tokens", pass * 1e3, rig.tokens()))?;
-    let row = |f: &RuleFigures| vec![f.rule.to_owned(), format!("{:.1}", f.step_milliseconds), format!("{:.1}", f.share_of_step * 100.0)];
-    printer.table(&["rule", "ms per update", "% of step"], &figures.iter().map(row).collect::<Vec<_>>())?;
+    printer.data("an update's share of a step's time in % (of its floating-point operations)")?;
+    let shares = BATCHES.map(|times| format!("{} tokens", times * rig.tokens()));
+    let heads: Vec<&str> = ["rule", "ms per update", "GFLOP"].into_iter().chain(shares.iter().map(String::as_str)).collect();
+    printer.table(&heads, &figures.iter().map(RuleFigures::row).collect::<Vec<_>>())?;
     Ok(Status::Done)
 }
 

@@ -80,6 +80,10 @@ impl Rule for DistanceAwareMuon {
         *steps += 1.0;
         Ok(())
     }
+
+    fn operations(&self, shape: &[usize]) -> f64 {
+        self.spectral.operations(shape)
+    }
 }
 
 impl DistanceAwareMuon {

@@ -52,6 +52,13 @@ impl Rule for LionMuon {
         lion.sign_step(at, at.learning_rate * self.config.sign_ratio, parameter, gradient, state);
         Ok(())
     }
+
+    fn operations(&self, shape: &[usize]) -> f64 {
+        match self.config.period {
+            0 => 0.0,
+            period => self.spectral.operations(shape) / period as f64,
+        }
+    }
 }
 
 impl LionMuon {

@@ -26,6 +26,10 @@ impl Rule for Muon {
         self.momentum.apply(at, at.keep(at.learning_rate), rate, &direction, Tensors { parameter, gradient, buffer: state });
         Ok(())
     }
+
+    fn operations(&self, shape: &[usize]) -> f64 {
+        self.spectral.operations(shape)
+    }
 }
 
 #[cfg(test)]

@@ -54,6 +54,10 @@ impl Rule for NorMuon {
         self.momentum.apply(at, at.keep(at.learning_rate), rate, &direction, Tensors { parameter, gradient, buffer });
         Ok(())
     }
+
+    fn operations(&self, shape: &[usize]) -> f64 {
+        self.spectral.operations(shape)
+    }
 }
 
 impl NorMuon {

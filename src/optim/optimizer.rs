@@ -122,6 +122,11 @@ impl Optimizer {
         &self.table
     }
 
+    /// Floating-point operations of the matrix products in one update of all parameters, in the mean over steps.
+    pub fn operations(&self) -> f64 {
+        self.table.rows.iter().map(|row| row.rule.build(&self.config).operations(&row.logical_shape)).sum()
+    }
+
     /// The scheduled rate of the hidden matrices at `step`; each group's is this times its ratio in the [`Table`].
     pub fn learning_rate(&self, step: u64) -> f64 {
         self.config.learning_rate * self.config.schedule.factor(step, self.total_steps)

@@ -41,6 +41,12 @@ pub fn orthogonalize(set: Coefficients, rows: usize, cols: usize, matrix: &mut [
     Ok(())
 }
 
+/// Floating-point operations that one `[rows, cols]` takes, a multiplication and an addition counted as two.
+pub fn operations(set: Coefficients, rows: usize, cols: usize) -> f64 {
+    let (short, long) = (rows.min(cols) as f64, rows.max(cols) as f64);
+    set.steps().len() as f64 * (3.0 * short * short * long + short.powi(3))
+}
+
 /// The iteration on `x: [short, long]`, whose singular values are at most one.
 fn iterate(set: Coefficients, short: usize, long: usize, mut x: Vec<f32>) -> Vec<f32> {
     let mut gram = vec![0.0; short * short];
@@ -114,6 +120,13 @@ mod tests {
         let (left, right) = (orthonormal(5, values.len(), rows), orthonormal(6, values.len(), cols));
         let entry = |i: usize| -> f64 { values.iter().zip(left.iter().zip(&right)).map(|(s, (u, v))| s * u[i / cols] * v[i % cols]).sum() };
         (0..rows * cols).map(|i| entry(i) as f32).collect()
+    }
+
+    #[test]
+    fn operations_are_those_of_the_products() {
+        // x x^T and A A by halves, and A x: n^2 m + n^3 + 2 n^2 m.
+        assert_eq!(operations(Coefficients::Jordan, 2, 3), 5.0 * (4.0 * 3.0 + 8.0 + 2.0 * 4.0 * 3.0));
+        assert_eq!(operations(Coefficients::Jordan, 3, 2), operations(Coefficients::Jordan, 2, 3));
     }
 
     fn orthogonalized(set: Coefficients, rows: usize, cols: usize, mut matrix: Vec<f32>) -> Vec<f32> {

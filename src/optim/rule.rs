@@ -38,6 +38,13 @@ pub trait Rule: Send + Sync {
     /// [`NotFinite`] from the rules that look at whole matrices; nothing has changed then.
     fn step(&self, at: &StepInfo, shape: &[usize], parameter: &mut [f32], gradient: &[f32], state: &mut [f32]) -> Result<(), NotFinite>;
 
+    /// Floating-point operations of the matrix products of a step, in the mean over steps. Element-wise rules have none: they are as fast
+    /// as memory.
+    fn operations(&self, shape: &[usize]) -> f64 {
+        let _ = shape;
+        0.0
+    }
+
     /// Length of the flat state in f32 values.
     fn state_len(&self, shape: &[usize]) -> usize {
         self.state_segments(shape).iter().map(|(_, length)| length).sum()

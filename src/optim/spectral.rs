@@ -3,7 +3,8 @@
 use serde::{Deserialize, Serialize};
 
 use super::coefficients::Coefficients;
-use super::orthogonalize::orthogonalize;
+use super::elements;
+use super::orthogonalize::{operations, orthogonalize};
 use super::rule::NotFinite;
 
 /// `[optim.spectral]`.
@@ -49,6 +50,12 @@ impl Spectral {
     pub(super) fn orthogonalize(&self, shape: &[usize], direction: &mut [f32]) -> Result<(), NotFinite> {
         let (rows, cols) = matrix(shape);
         direction.chunks_exact_mut(rows * cols).try_for_each(|block| orthogonalize(self.coefficients, rows, cols, block))
+    }
+
+    /// Floating-point operations of [`Self::orthogonalize`].
+    pub(super) fn operations(&self, shape: &[usize]) -> f64 {
+        let (rows, cols) = matrix(shape);
+        (elements(shape) / (rows * cols)) as f64 * operations(self.coefficients, rows, cols)
     }
 
     /// The factor on the learning rate for one matrix of `shape`.
