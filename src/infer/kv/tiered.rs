@@ -2,7 +2,7 @@
 //! certifies every output against the halves and reads those where the certificate falls short.
 
 use super::codec::Codec;
-use super::pages::{Kept, Pages, View};
+use super::pages::{Kept, Pages, View, Watch};
 use super::recovery::{Group, certify};
 use super::{Queries, Store};
 use crate::error::Result;
@@ -77,10 +77,8 @@ impl TieredStore {
             attend_lines(head_dim, queries.scale(), &lines, &view, task.kv_head, None, &mut out);
             return Ok((out, counters));
         }
-        let norms = |tile: usize, norms: &mut [f32; TILE]| {
-            self.pages.squared_norms(task.kv_head, tile, view.has_exact_values(tile), norms);
-        };
-        let shares = attend_lines(head_dim, queries.scale(), &lines, &view, task.kv_head, Some(&norms), &mut out);
+        let watch = Watch::new(&view, task.kv_head, &lines);
+        let shares = attend_lines(head_dim, queries.scale(), &lines, &view, task.kv_head, Some(&watch), &mut out);
         for ((lines, shares), out) in lines.chunks(group).zip(shares.chunks(group)).zip(out.chunks_mut(width)) {
             let group = Group {
                 pages: &self.pages,
