@@ -108,7 +108,8 @@ fn recover(group: &Group<'_>, mut short: Vec<Short>, finals: &mut [Assessment], 
         let view = View { pages: group.pages, own: group.own, promoted: Some(&promoted) };
         let lines: Vec<Line<'_>> = short.iter().map(|short| Line { tiles: tiles.as_ref(), ..group.lines[short.line] }).collect();
         let mut again = vec![0.0; lines.len() * head_dim];
-        let shares = attend_lines(head_dim, group.scale, &lines, &view, group.kv_head, Some(&Watch::new(&view, group.kv_head, &lines)), &mut again);
+        let shares =
+            attend_lines(head_dim, group.scale, &lines, &view, group.kv_head, Some(&Watch::new(&view, group.kv_head, &lines)), &mut again);
         let mut still = vec![];
         for (((short, line), shares), again) in short.iter().zip(&lines).zip(&shares).zip(again.chunks_exact(head_dim)) {
             let assessment = assess(&view, group.kv_head, line, shares, again);

@@ -40,7 +40,13 @@ impl TieredStore {
         let attention = Some(options.attention).filter(|attention| !attention.policy().is_dense_in(layer));
         let needs_bounds = attention.is_some_and(|attention| attention.policy().needs_bounds());
         let kept = Kept { norms: options.certifies(), boxes: needs_bounds || (attention.is_some() && options.certifies()) };
-        Self { pages: Pages::new(codec, kept, kv_heads, head_dim), options: *options, attention, counters: Counters::default(), choosing: Duration::ZERO }
+        Self {
+            pages: Pages::new(codec, kept, kv_heads, head_dim),
+            options: *options,
+            attention,
+            counters: Counters::default(),
+            choosing: Duration::ZERO,
+        }
     }
 
     fn tasks(queries: &Queries<'_>) -> Vec<Task> {

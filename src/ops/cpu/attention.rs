@@ -2,8 +2,9 @@
 //! s_ij = scale * q_i . k_j,  p_ij = exp(s_ij - lse_i),  out_i = sum_j p_ij v_j   for document_start_i <= j <= i
 //! ds_ij = p_ij (do_i . v_j - out_i . do_i),  dq_i = scale sum_j ds_ij k_j,  dk_j = scale sum_i ds_ij q_i,  dv_j = sum_i p_ij do_i
 //! q, out: [batch * tokens, heads * head_dim]   k, v: [batch * tokens, kv_heads * head_dim]   lse: [batch, heads, tokens]
-//! Reads, accumulates and writes f32; the online softmax runs over tiles of 64 keys at multiples of 64 from the start of the row, so
-//! a query decoded alone from a cache gets the bits it had in training. Never a tokens x tokens matrix.
+//! Reads, accumulates and writes f32; the online softmax runs over tiles of 64 keys at multiples of 64 from the start of the row, and
+//! starts afresh every [`SEGMENT`] tiles, whose results are joined in ascending order. So a query decoded alone from a cache, by however
+//! many threads, gets the bits it had in training. Never a tokens x tokens matrix.
 
 mod backward;
 #[cfg(target_arch = "x86_64")]
@@ -273,8 +274,7 @@ pub fn attend_cached(
         let lines = |kv_head: usize| {
             let mut block = Block::new(head_dim);
             block.clear();
-            (0..rows * group)
-                .for_each(|line| block.push(&q[place(kv_head, line)..][..head_dim], scale, 0, first_position + line / group));
+            (0..rows * group).for_each(|line| block.push(&q[place(kv_head, line)..][..head_dim], scale, 0, first_position + line / group));
             block
         };
         let part = |index: usize| {

@@ -119,7 +119,15 @@ impl Drawn {
 impl Block {
     pub(super) fn new(head_dim: usize) -> Block {
         let (queries, outputs) = (Scratch::take(BLOCK * head_dim), Scratch::take(BLOCK * padded(head_dim)));
-        Block { head_dim, spans: Vec::with_capacity(BLOCK), queries, outputs, maxima: [0.0; BLOCK], sums: [[0.0; LANES]; BLOCK], before: None }
+        Block {
+            head_dim,
+            spans: Vec::with_capacity(BLOCK),
+            queries,
+            outputs,
+            maxima: [0.0; BLOCK],
+            sums: [[0.0; LANES]; BLOCK],
+            before: None,
+        }
     }
 
     /// Starts over without lines.

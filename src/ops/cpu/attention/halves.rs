@@ -88,7 +88,13 @@ mod x86 {
                 let from = |token: usize| values.as_ptr().add(token * width + column);
                 column += match width - column {
                     64.. => {
-                        let ahead = if column == 0 { &ahead[..halves] } else if column == 64 { &ahead[halves..] } else { &[] };
+                        let ahead = if column == 0 {
+                            &ahead[..halves]
+                        } else if column == 64 {
+                            &ahead[halves..]
+                        } else {
+                            &[]
+                        };
                         multiply::<4>(part, tokens.clone(), ahead, |token| load(from(token)));
                         64
                     }

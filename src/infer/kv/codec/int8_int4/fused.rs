@@ -140,7 +140,13 @@ unsafe fn mix(rows: Rows, tokens: Range<usize>, codes: &[u8], scales: &[f32], ze
         };
         while group + 2 <= groups {
             let part = Rows { c: rows.c.add(group * GROUP), ..rows };
-            let ahead = if group == 0 { &ahead[..halves] } else if group == 2 { &ahead[halves..] } else { &[] };
+            let ahead = if group == 0 {
+                &ahead[..halves]
+            } else if group == 2 {
+                &ahead[halves..]
+            } else {
+                &[]
+            };
             multiply::<4>(part, tokens.clone(), ahead, |token| {
                 let ([a, b], [c, d]) = (decode(token, group), decode(token, group + 1));
                 [a, b, c, d]

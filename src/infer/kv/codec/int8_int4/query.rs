@@ -124,7 +124,8 @@ mod tests {
         let width = codec.head_dim();
         let channels: Vec<(f64, f64)> =
             (0..width).map(|channel| (4.0 * stream.normal(), stream.normal().exp() * if channel == 3 { 30.0 } else { 1.0 })).collect();
-        let keys: Vec<f16> = (0..TILE * width).map(|i| channels[i % width].1 * stream.normal() + channels[i % width].0).map(f16::from_f64).collect();
+        let keys: Vec<f16> =
+            (0..TILE * width).map(|i| channels[i % width].1 * stream.normal() + channels[i % width].0).map(f16::from_f64).collect();
         let mut page = vec![0; codec.page_bytes()];
         codec.encode(&keys, &keys, &mut page);
         page
@@ -148,7 +149,8 @@ mod tests {
             for (query, scores) in queries.chunks(width).zip(all[0].1.chunks(TILE)) {
                 let [mut magnitude, mut largest] = [0.0f32; 2];
                 for (channel, query) in query.iter().enumerate() {
-                    let [scale, zero] = [&codec.layout.key_scales, &codec.layout.key_zeros].map(|part| super::super::half::read(&page[part.clone()], channel));
+                    let [scale, zero] = [&codec.layout.key_scales, &codec.layout.key_zeros]
+                        .map(|part| super::super::half::read(&page[part.clone()], channel));
                     magnitude += query.abs() * (255.0 * scale + zero.abs());
                     largest = largest.max(query.abs() * scale);
                 }
