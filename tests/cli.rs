@@ -542,7 +542,7 @@ data <RECIPE> --help --json --quiet --set
 plan <RECIPE> --help --json --quiet --set
 inspect <PATH> --help --json --quiet
 doctor --help --json --quiet
-bench <WHAT> [INPUT] --compare --help --json --osp --quiet --set --steps
+bench <WHAT> [INPUT] --attention --certificate --compare --context --epsilon --help --json --kv --osp --quiet --set --steps
 ";
 
 #[test]

@@ -252,6 +252,11 @@ pub struct Bench {
     pub what: BenchTarget,
     /// Recipe (train, optim, finetune) or model (decode).
     pub input: Option<PathBuf>,
+    /// Decode at the end of a cache of this many tokens, beyond the model's own context if need be, beside the machine's plain reads.
+    #[arg(long, value_name = "N")]
+    pub context: Option<usize>,
+    #[command(flatten)]
+    pub cache: Cache,
     /// Override one key of the recipe.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub overrides: Vec<String>,

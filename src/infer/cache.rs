@@ -7,6 +7,7 @@ use crate::ops::cpu::attention::TILE;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
+use std::time::Duration;
 
 /// What a session's cache stores, which pages a query reads, and what is promised about the result.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -123,6 +124,15 @@ impl FromStr for Certificate {
     }
 }
 
+/// Where a sequence's time went.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Times {
+    /// In attention, the cache's own work included.
+    pub attention: Duration,
+    /// Of that, in deciding which pages are read.
+    pub choosing: Duration,
+}
+
 /// What a session's attention did so far. A head-step is one head's output at one token of one layer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct Counters {
@@ -191,6 +201,24 @@ impl Counters {
         self.error_sum += other.error_sum;
         self.error_max = self.error_max.max(other.error_max);
         self.looseness.iter_mut().zip(other.looseness).for_each(|(mine, theirs)| *mine += theirs);
+    }
+
+    /// The work since `before`, for the counts that times are taken of: head-steps by class, pages and bytes.
+    pub(super) fn since(&self, before: &Self) -> Self {
+        Self {
+            hard: self.hard - before.hard,
+            metered: self.metered - before.metered,
+            recovered: self.recovered - before.recovered,
+            dense: self.dense - before.dense,
+            pages_read: self.pages_read - before.pages_read,
+            pages_seen: self.pages_seen - before.pages_seen,
+            pages_promoted: self.pages_promoted - before.pages_promoted,
+            bytes_read: self.bytes_read - before.bytes_read,
+            bytes_moved: self.bytes_moved - before.bytes_moved,
+            bound_sum: self.bound_sum - before.bound_sum,
+            meter_sum: self.meter_sum - before.meter_sum,
+            ..Self::default()
+        }
     }
 
     /// Notes the factor between a bound and the error it bounds.

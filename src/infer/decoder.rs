@@ -1,7 +1,7 @@
 //! The decoder over stored weights on the CPU. Every floating-point operation is the training forward's own kernel, applied in the same order
 //! as in `model::decoder`, so with an f32 cache the logits have the same bits, however a sequence is cut into calls.
 
-use super::cache::{self, Counters, Options};
+use super::cache::{self, Counters, Options, Times};
 use super::kv::{self, Format, Queries, Store};
 use super::linear::{Codes, Linear, products};
 use super::model::{Model, Sequence};
@@ -13,6 +13,7 @@ use crate::ops::cpu::gated::{Activation as Gate, gated_forward};
 use crate::ops::cpu::norm::rms_norm_forward;
 use crate::ops::cpu::rope::RotaryTable;
 use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
 pub(super) const EMBEDDING: &str = "model.embed_tokens.weight";
 
@@ -97,7 +98,11 @@ impl Decoder {
     /// Runs `ids` at positions from `first` on and leaves what the head reads, `[ids, dim]`, in `work.normalized`. Keys and values are
     /// appended to `stores`, one per layer.
     fn forward(&self, ids: &[u32], first: usize, rope: &RotaryTable, stores: &mut [Box<dyn Store>], work: &mut Work) -> Result<()> {
-        let pass = Pass { decoder: self, first, rope };
+        self.run(&Pass { decoder: self, first, rope, copies: 1 }, ids, stores, work)
+    }
+
+    fn run(&self, pass: &Pass<'_>, ids: &[u32], stores: &mut [Box<dyn Store>], work: &mut Work) -> Result<()> {
+        let first = pass.first;
         work.positions.clear();
         work.positions.extend((first..first + ids.len()).map(|position| position as u32));
         self.embed(ids, work)?;
@@ -144,13 +149,15 @@ struct Pass<'a> {
     decoder: &'a Decoder,
     first: usize,
     rope: &'a RotaryTable,
+    /// How often the keys and values are appended: once, except to fill a cache for a benchmark.
+    copies: usize,
 }
 
 impl Pass<'_> {
     /// `work.normalized` -> attention -> `work.output`.
     fn attend(&self, layer: &Layer, store: &mut dyn Store, work: &mut Work) -> Result<()> {
         let (spec, epsilon) = (&self.decoder.spec, self.decoder.epsilon());
-        let Work { normalized, q, k, v, attended, output, codes, scales, positions, .. } = work;
+        let Work { normalized, q, k, v, attended, output, codes, scales, positions, attention, .. } = work;
         products(normalized, layer.attention.each_ref(), [&mut *q, &mut *k, &mut *v], codes);
         if let Some(gains) = &layer.head_norms {
             for (projected, gain) in [&mut *q, &mut *k].into_iter().zip(gains) {
@@ -160,10 +167,13 @@ impl Pass<'_> {
         }
         self.rope.rotate(q, positions);
         self.rope.rotate(k, positions);
+        let start = Instant::now();
         store.append(k, v);
         attended.resize(q.len(), 0.0);
         let Spec { heads, kv_heads, head_dim, .. } = *spec;
         store.attend(Queries { q, heads, kv_heads, head_dim, first_position: self.first }, attended)?;
+        *attention += start.elapsed();
+        (1..self.copies).for_each(|_| store.append(k, v));
         if let Some(gain) = &layer.attention_sub_norm {
             normalize(spec.heads * spec.head_dim, epsilon, attended, gain, q, scales);
             std::mem::swap(attended, q);
@@ -217,6 +227,8 @@ struct Work {
     scales: Vec<f32>,
     positions: Vec<u32>,
     codes: Codes,
+    /// Time spent in attention so far.
+    attention: Duration,
 }
 
 impl Work {
@@ -339,6 +351,15 @@ impl Sequence for CpuSequence<'_> {
             })?;
             Ok(decoder.head_of(&last))
         })
+    }
+
+    fn repeat(&mut self, ids: &[u32], copies: usize) -> Result<()> {
+        let Self { decoder, rope, stores, work } = self;
+        on_pool(|| decoder.run(&Pass { decoder, first: 0, rope, copies }, ids, stores, work))
+    }
+
+    fn times(&self) -> Times {
+        Times { attention: self.work.attention, choosing: self.stores.iter().map(|store| store.choosing()).sum() }
     }
 
     fn truncate(&mut self, positions: usize) {

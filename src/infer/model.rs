@@ -1,8 +1,8 @@
 //! What an engine asks of the place where its weights are: the CPU or a device.
 
-use super::cache::{Counters, Options};
+use super::cache::{Counters, Options, Times};
 use super::kv::Format;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Weights, ready to run.
 pub(super) trait Model: Send + Sync {
@@ -29,4 +29,15 @@ pub(super) trait Sequence: Send {
 
     /// What attention did since the sequence began, truncated parts included.
     fn counters(&self) -> Counters;
+
+    /// For benchmarks: runs `ids` from the start and appends their keys and values `copies` times, so that a long cache of a model's own
+    /// numbers is there without the cost of a long prompt. The sequence is empty before.
+    fn repeat(&mut self, _ids: &[u32], _copies: usize) -> Result<()> {
+        Err(Error::input("device", "fills no caches for benchmarks").fix("measure on the CPU"))
+    }
+
+    /// Where the time went since the sequence began.
+    fn times(&self) -> Times {
+        Times::default()
+    }
 }

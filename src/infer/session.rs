@@ -1,6 +1,6 @@
 //! One sequence on an engine: its cache, and the three ways on: many tokens, one token, back.
 
-use super::cache::{Counters, Options};
+use super::cache::{Counters, Options, Times};
 use super::engine::Engine;
 use super::model::Sequence;
 use crate::error::{Error, Result};
@@ -27,7 +27,26 @@ impl<'e> Session<'e> {
             return Err(Error::input("context", format!("{capacity} tokens are more than the {} the model was made for", spec.context))
                 .fix(format!("ask for at most {}", spec.context)));
         }
+        Self::beyond(engine, options, capacity)
+    }
+
+    /// [`Session::new`] whatever the model's context, for benchmarks.
+    pub(super) fn beyond(engine: &'e Engine, options: Options, capacity: usize) -> Result<Self> {
         Ok(Self { engine, sequence: engine.model().sequence(&options, capacity)?, options, length: 0, capacity })
+    }
+
+    /// Runs `ids` and appends their keys and values `copies` times to the empty sequence, for benchmarks.
+    pub(super) fn repeat(&mut self, ids: &[u32], copies: usize) -> Result<()> {
+        assert!(self.is_empty() && ids.len() * copies <= self.capacity, "room for copies");
+        self.check(ids)?;
+        self.sequence.repeat(ids, copies)?;
+        self.length = ids.len() * copies;
+        Ok(())
+    }
+
+    /// Where the time went since the session began.
+    pub(super) fn times(&self) -> Times {
+        self.sequence.times()
     }
 
     /// The engine it runs on.

@@ -4,7 +4,10 @@
 
 use super::{GroupQuery, PageTable, Policy, take_largest};
 use crate::error::Error;
+use crate::multiversion;
 use crate::ops::cpu::attention::TileSet;
+use crate::ops::cpu::math::exp;
+use crate::ops::cpu::reduce;
 use std::fmt;
 use std::str::FromStr;
 
@@ -84,14 +87,22 @@ fn shares(query: &GroupQuery<'_>, table: &dyn PageTable) -> Vec<f64> {
     let (heads, pages) = (query.heads().len(), table.num_pages());
     let mut bounds = vec![0.0; heads * pages];
     bounds.chunks_exact_mut(heads).enumerate().for_each(|(page, bounds)| table.score_bounds(page, query, bounds));
-    let mut shares = vec![0.0; pages];
+    let (mut shares, mut weights) = (vec![0.0; pages], vec![0.0; pages]);
     for head in 0..heads {
-        let bounds = || bounds.iter().skip(head).step_by(heads).map(|bound| f64::from(*bound));
-        let largest = bounds().fold(f64::NEG_INFINITY, f64::max);
-        let sum: f64 = bounds().map(|bound| (bound - largest).exp()).sum();
-        shares.iter_mut().zip(bounds()).for_each(|(share, bound)| *share += (bound - largest).exp() / sum);
+        weights.iter_mut().zip(bounds.iter().skip(head).step_by(heads)).for_each(|(weight, bound)| *weight = *bound);
+        add_shares(&mut weights, &mut shares);
     }
     shares
+}
+
+multiversion! {
+    /// Adds the softmax of `bounds`, which are overwritten.
+    fn add_shares(bounds: &mut [f32], shares: &mut [f64]) {
+        let largest = reduce::max(bounds);
+        bounds.iter_mut().for_each(|bound| *bound = exp(*bound - largest));
+        let factor = 1.0 / f64::from(reduce::sum(bounds));
+        shares.iter_mut().zip(bounds).for_each(|(share, weight)| *share += f64::from(*weight) * factor);
+    }
 }
 
 #[cfg(test)]

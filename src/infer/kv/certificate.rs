@@ -36,7 +36,7 @@ mod variation;
 
 pub use dithered::{dithered_key_error, dithered_score_error, dithered_value_error, uniform_score_variance};
 pub use meter::{PageSquares, expected_square};
-pub use output::{PagePart, centred_error, dispersed_error, least_mass, share_of_keys, share_of_values, total_error};
+pub use output::{PagePart, Totals, centred_error, dispersed_error, least_mass, share_of_keys, share_of_values, total_error};
 pub use score::{ball_score, box_score, gamma, grouped_score_error, interval_score_error, radius_score_error, rounding};
 pub use unread::{Unread, unread_error};
 pub use variation::{tail_total_variation, total_variation};

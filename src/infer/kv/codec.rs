@@ -27,10 +27,11 @@ pub use turboquant::{Part, TurboQuant};
 
 use crate::error::{Error, Result};
 use crate::multiversion;
-use crate::ops::cpu::attention::{TILE, padded};
+use crate::ops::cpu::attention::{ScoreError, TILE, padded};
 use crate::ops::cpu::reduce::{LANES, Lanes};
 use crate::ops::cpu::scratch::Scratch;
 use ::half::f16;
+use std::ops::Range;
 
 /// A way to store a page. All methods take pages of [`Codec::page_bytes`] bytes made by [`Codec::encode`] of the same codec.
 ///
@@ -53,6 +54,35 @@ pub trait Codec: Send + Sync {
 
     /// The values as attention reads them, `[64, padded(head_dim)]`; what pads a row is 0.
     fn decode_values(&self, page: &[u8], tile: &mut [f32]);
+
+    /// Whether scores always come from [`score`](Self::score), in an arithmetic of the codec's own whose error
+    /// [`score_errors`](Self::score_errors) include. Otherwise they are products with [`decode_keys`](Self::decode_keys)' tile.
+    fn scores_itself(&self) -> bool {
+        false
+    }
+
+    /// Scores of a few queries, `[rows, head_dim]`, scaled, with the page's keys; overwrites `scores`, `[rows, 64]`. False where the
+    /// codec leaves that to a product; then nothing is done.
+    fn score(&self, page: &[u8], queries: &[f32], scores: &mut [f32]) -> bool {
+        let _ = (page, queries, scores);
+        false
+    }
+
+    /// Adds the values of `tokens`, times `weights`, `[rows, 64]`, to `outputs`, `[rows, padded(head_dim)]`: the bits of a product with
+    /// [`decode_values`](Self::decode_values)' tile, without writing one out. False where the codec or the processor cannot; then nothing
+    /// is done. Meanwhile it may ask the memory for what `score` reads of the page `next`.
+    fn mix(&self, page: &[u8], weights: &[f32], tokens: Range<usize>, outputs: &mut [f32], next: Option<&[u8]>) -> bool {
+        let _ = (page, weights, tokens, outputs, next);
+        false
+    }
+
+    /// [`score_error`](Self::score_error) with what [`score`](Self::score)'s own arithmetic adds, and the variance of
+    /// [`mean_squares`](Self::mean_squares), for some queries.
+    fn score_errors(&self, page: &[u8], queries: &[Probe<'_>], errors: &mut [ScoreError]) {
+        for (error, Probe { query, .. }) in errors.iter_mut().zip(queries) {
+            *error = ScoreError { most: self.score_error(page, query), variance: self.mean_squares(page, query).0 };
+        }
+    }
 
     /// At least max_t |q . (k_t - khat_t)| / sqrt(head_dim) over the page; the rounding of a score's own sum is not included.
     fn score_error(&self, page: &[u8], query: &[f32]) -> f32 {
@@ -80,6 +110,21 @@ pub trait Codec: Send + Sync {
     fn mean_squares(&self, page: &[u8], query: &[f32]) -> (f32, f32) {
         let certificate = Certificate::read(page);
         (certificate.score_variance(query), certificate.value_mean_square)
+    }
+}
+
+/// A query on its way through many pages.
+#[derive(Clone, Copy, Debug)]
+pub struct Probe<'a> {
+    pub query: &'a [f32],
+    /// Sum of its squares.
+    square: f32,
+}
+
+impl<'a> Probe<'a> {
+    /// For the pages of one head.
+    pub fn new(query: &'a [f32]) -> Self {
+        Self { query, square: certificate::sum_of_squares(query) }
     }
 }
 

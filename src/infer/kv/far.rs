@@ -2,9 +2,12 @@
 //! format, and the originals behind coded pages.
 
 use super::{key_tiles_len, place};
-use crate::ops::cpu::attention::{KeyValueTiles, TILE, key_tile_len, padded, value_tile_len};
+use crate::ops::cpu::attention::{
+    KeyValueTiles, TILE, Visit, key_tile_len, mix_decoded, mix_halves, padded, score_decoded, score_halves, value_tile_len,
+};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
+use std::ops::Range;
 use xxhash_rust::xxh3::Xxh3;
 
 /// Halves of one layer.
@@ -95,6 +98,20 @@ impl KeyValueTiles for FarTier {
 
     fn values<'a>(&'a self, kv_head: usize, tile: usize, scratch: &'a mut [f32]) -> &'a [f32] {
         widen(self.value_tile(kv_head, tile), scratch)
+    }
+
+    fn score(&self, visit: Visit, queries: &[f32], scores: &mut [f32], scratch: &mut [f32]) {
+        let (keys, values) = (self.key_tile(visit.kv_head, visit.tile), self.value_tile(visit.kv_head, visit.tile));
+        if !score_halves(keys, queries, scores, values) {
+            score_decoded(self, visit, queries, scores, scratch);
+        }
+    }
+
+    fn mix(&self, visit: Visit, weights: &[f32], tokens: Range<usize>, outputs: &mut [f32], scratch: &mut [f32]) {
+        let ahead = visit.next.map_or(&[][..], |next| self.key_tile(visit.kv_head, next));
+        if !mix_halves(self.value_tile(visit.kv_head, visit.tile), weights, tokens.clone(), outputs, ahead) {
+            mix_decoded(self, visit, weights, tokens, outputs, scratch);
+        }
     }
 }
 

@@ -15,6 +15,7 @@ use crate::ops::cpu::attention::{KeyValueTiles, TILE, TiledKeyValues, attend_cac
 use far::FarTier;
 use std::fmt;
 use std::str::FromStr;
+use std::time::Duration;
 use tiered::TieredStore;
 
 /// Queries of consecutive tokens against one layer's cache.
@@ -60,6 +61,11 @@ pub trait Store: Send {
     /// What attention did so far.
     fn counters(&self) -> Counters {
         Counters::default()
+    }
+
+    /// Time spent so far in deciding which pages are read.
+    fn choosing(&self) -> Duration {
+        Duration::ZERO
     }
 }
 

@@ -3,26 +3,32 @@
 //! Page p is coded when the first token of page p + 1 arrives. A query at position t sees the pages before t / 64 as they are coded and
 //! its own page as halves, however the text is cut into calls.
 
-use super::codec::Codec;
+use super::codec::{Certificate, Codec, Probe};
 use super::far::FarTier;
 use crate::error::{Error, Result};
 use crate::infer::attention::{GroupQuery, PageTable};
 use crate::multiversion;
-use crate::ops::cpu::attention::{KeyValueTiles, TILE, TileSet};
+use crate::ops::cpu::attention::{KeyValueTiles, Line, Observer, ScoreError, TILE, TileSet, Visit, mix_decoded, score_decoded};
+use crate::ops::cpu::prefetch::prefetch;
 use crate::ops::cpu::reduce::{self, LANES};
 use crate::ops::cpu::scratch::Scratch;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
+use std::ops::Range;
 
 /// What is kept per page and head beside its numbers.
 #[derive(Clone, Copy, Debug, Default)]
-struct Facts {
+pub(super) struct Facts {
     /// Of the halves; checked when they are promoted.
     checksum: u64,
     /// Largest norm of a key, original or decoded, rounded up.
-    key_norm: f32,
+    pub(super) key_norm: f32,
     /// Largest norm of an original value, rounded up.
-    value_norm: f32,
+    pub(super) value_norm: f32,
+    /// At least the largest norm of a value's error.
+    pub(super) value_error: f32,
+    /// Mean squared norm of the value error.
+    pub(super) value_square: f32,
 }
 
 /// What a table keeps beside the pages themselves.
@@ -48,7 +54,8 @@ pub(super) struct Pages {
     near: Vec<u8>,
     /// Of full pages that are followed by a token, `[page, kv_head]`.
     facts: Vec<Facts>,
-    /// Least and largest key per channel, `[page, kv_head, 2, head_dim]`; empty when the codec knows them.
+    /// At most the least and at least the largest key per channel, `[page, kv_head, 2, head_dim]`: apart from the pages, because policies
+    /// read the boxes of all of them.
     boxes: Vec<f16>,
     /// Squared norms of the original values, rounded up, `[page, kv_head, 64]`.
     squared_norms: Vec<f32>,
@@ -57,14 +64,11 @@ pub(super) struct Pages {
 
 impl Pages {
     pub(super) fn new(codec: Option<Box<dyn Codec>>, kept: Kept, kv_heads: usize, head_dim: usize) -> Self {
-        let mut corner = [vec![0.0; head_dim], vec![0.0; head_dim]];
-        let [low, high] = &mut corner;
-        let knows_boxes = codec.as_ref().is_some_and(|codec| codec.key_box(&vec![0; codec.page_bytes()], low, high));
         Self {
             kv_heads,
             head_dim,
             codec,
-            kept: Kept { boxes: kept.boxes && !knows_boxes, ..kept },
+            kept,
             far: FarTier::new(kv_heads, head_dim),
             near: vec![],
             facts: vec![],
@@ -125,12 +129,14 @@ impl Pages {
     fn finish_page(&mut self, kv_head: usize) {
         let [keys, values] = self.far.rows(kv_head, self.full);
         let mut facts =
-            Facts { checksum: 0, key_norm: largest_norm(&keys, self.head_dim), value_norm: largest_norm(&values, self.head_dim) };
+            Facts { key_norm: largest_norm(&keys, self.head_dim), value_norm: largest_norm(&values, self.head_dim), ..Facts::default() };
         if let Some(codec) = &self.codec {
             facts.checksum = self.far.checksum(kv_head, self.full);
             let start = self.near.len();
             self.near.resize(start + codec.page_bytes(), 0);
             codec.encode(&keys, &values, &mut self.near[start..]);
+            facts.value_error = codec.value_error(&self.near[start..]);
+            facts.value_square = Certificate::read(&self.near[start..]).value_mean_square;
             if self.kept.norms {
                 let mut tile = vec![0.0; self.head_dim * TILE];
                 codec.decode_keys(&self.near[start..], &mut tile);
@@ -138,14 +144,29 @@ impl Pages {
             }
         }
         if self.kept.boxes {
-            let mut channel = |pick: fn(f16, f16) -> f16| {
-                let least = |channel: usize| keys.iter().skip(channel).step_by(self.head_dim).copied().reduce(pick).unwrap_or_default();
-                self.boxes.extend((0..self.head_dim).map(least));
-            };
-            channel(|a, b| if b < a || b.is_nan() { b } else { a });
-            channel(|a, b| if b > a || b.is_nan() { b } else { a });
+            self.keep_box(kv_head, &keys);
         }
         self.facts.push(facts);
+    }
+
+    /// The codec's own box where it has one, as on devices, that of the originals otherwise.
+    fn keep_box(&mut self, kv_head: usize, keys: &[f16]) {
+        let head_dim = self.head_dim;
+        let mut corners = Scratch::take(2 * head_dim);
+        let (low, high) = corners.split_at_mut(head_dim);
+        if let Some(codec) = &self.codec
+            && codec.key_box(self.near_page(&**codec, kv_head, self.full), low, high)
+        {
+            self.boxes.extend(low.iter().map(|low| -half_up(-low)));
+            self.boxes.extend(high.iter().map(|high| half_up(*high)));
+            return;
+        }
+        let mut channel = |pick: fn(f16, f16) -> f16| {
+            let least = |channel: usize| keys.iter().skip(channel).step_by(head_dim).copied().reduce(pick).unwrap_or_default();
+            self.boxes.extend((0..head_dim).map(least));
+        };
+        channel(|a, b| if b < a || b.is_nan() { b } else { a });
+        channel(|a, b| if b > a || b.is_nan() { b } else { a });
     }
 
     pub(super) fn truncate(&mut self, positions: usize) {
@@ -166,8 +187,13 @@ impl Pages {
         &self.near[(page * self.kv_heads + kv_head) * codec.page_bytes()..][..codec.page_bytes()]
     }
 
-    fn fact(&self, kv_head: usize, page: usize) -> &Facts {
+    /// What is known of a full page.
+    pub(super) fn fact(&self, kv_head: usize, page: usize) -> &Facts {
         &self.facts[page * self.kv_heads + kv_head]
+    }
+
+    fn stored_box(&self, kv_head: usize, page: usize) -> &[f16] {
+        &self.boxes[(page * self.kv_heads + kv_head) * 2 * self.head_dim..][..2 * self.head_dim]
     }
 
     /// Checks the originals of a page before they are used.
@@ -177,16 +203,6 @@ impl Pages {
             return Err(Error::input("kv", cause).fix("test this machine's memory"));
         }
         Ok(())
-    }
-
-    /// What is known of a page that was or was not read in coded form, for one query.
-    pub(super) fn page_error(&self, kv_head: usize, page: usize, query: &[f32]) -> PageError {
-        let Facts { key_norm, value_norm, .. } = *self.fact(kv_head, page);
-        let known = PageError { key_norm, original_norm: value_norm, ..PageError::default() };
-        let Some(codec) = &self.codec else { return known };
-        let bytes = self.near_page(&**codec, kv_head, page);
-        let (score_variance, value_square) = codec.mean_squares(bytes, query);
-        PageError { score: codec.score_error(bytes, query), value: codec.value_error(bytes), score_variance, value_square, ..known }
     }
 
     /// The pages before `own` of one head.
@@ -204,7 +220,7 @@ impl Pages {
         match &self.codec {
             Some(codec) if !exact => {
                 codec.value_norms(self.near_page(&**codec, kv_head, page), norms);
-                norms.iter_mut().for_each(|norm| *norm = *norm * *norm * UP);
+                square_up(norms);
             }
             _ => norms.copy_from_slice(&self.squared_norms[(page * self.kv_heads + kv_head) * TILE..][..TILE]),
         }
@@ -217,23 +233,6 @@ impl Pages {
     pub(super) fn damage_originals(&mut self) {
         self.facts.iter_mut().for_each(|facts| facts.checksum ^= 1);
     }
-}
-
-/// Errors and sizes of one page towards one query.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct PageError {
-    /// At least the largest score error, rounding excluded.
-    pub(super) score: f32,
-    /// At least the largest norm of a value's error.
-    pub(super) value: f32,
-    /// Variance of the score error.
-    pub(super) score_variance: f32,
-    /// Mean squared norm of the value error.
-    pub(super) value_square: f32,
-    /// At least the norm of any key, original or decoded.
-    pub(super) key_norm: f32,
-    /// At least the norm of any original value.
-    pub(super) original_norm: f32,
 }
 
 /// Pages as queries of one page see them: coded, except their own and those of which originals have been promoted.
@@ -280,6 +279,54 @@ impl KeyValueTiles for View<'_> {
         codec.decode_values(self.pages.near_page(codec, kv_head, tile), scratch);
         scratch
     }
+
+    fn scores_itself(&self, _: usize, tile: usize) -> bool {
+        self.coded(tile, |promoted| &promoted.keys).is_some_and(Codec::scores_itself)
+    }
+
+    fn score(&self, visit: Visit, queries: &[f32], scores: &mut [f32], scratch: &mut [f32]) {
+        let Some(codec) = self.coded(visit.tile, |promoted| &promoted.keys) else {
+            return self.pages.far.score(visit, queries, scores, scratch);
+        };
+        if !codec.score(self.pages.near_page(codec, visit.kv_head, visit.tile), queries, scores) {
+            score_decoded(self, visit, queries, scores, scratch);
+        }
+    }
+
+    fn mix(&self, visit: Visit, weights: &[f32], tokens: Range<usize>, outputs: &mut [f32], scratch: &mut [f32]) {
+        let Some(codec) = self.coded(visit.tile, |promoted| &promoted.values) else {
+            return self.pages.far.mix(visit, weights, tokens, outputs, scratch);
+        };
+        let next = visit.next.filter(|next| *next < self.own).map(|next| self.pages.near_page(codec, visit.kv_head, next));
+        if !codec.mix(self.pages.near_page(codec, visit.kv_head, visit.tile), weights, tokens.clone(), outputs, next) {
+            mix_decoded(self, visit, weights, tokens, outputs, scratch);
+        }
+    }
+}
+
+/// Tells lines that read pages what certificates need to know of them.
+pub(super) struct Watch<'a> {
+    view: &'a View<'a>,
+    kv_head: usize,
+    probes: Vec<Probe<'a>>,
+}
+
+impl<'a> Watch<'a> {
+    pub(super) fn new(view: &'a View<'a>, kv_head: usize, lines: &[Line<'a>]) -> Self {
+        Self { view, kv_head, probes: lines.iter().map(|line| Probe::new(line.query)).collect() }
+    }
+}
+
+impl Observer for Watch<'_> {
+    fn squared_norms(&self, tile: usize, norms: &mut [f32; TILE]) {
+        self.view.pages.squared_norms(self.kv_head, tile, self.view.has_exact_values(tile), norms);
+    }
+
+    fn score_errors(&self, tile: usize, lines: Range<usize>, errors: &mut [ScoreError]) {
+        if let Some(codec) = self.view.coded(tile, |promoted| &promoted.keys) {
+            codec.score_errors(self.view.pages.near_page(codec, self.kv_head, tile), &self.probes[lines], errors);
+        }
+    }
 }
 
 /// The pages before a query's own.
@@ -295,38 +342,52 @@ impl PageTable for Before<'_> {
     }
 
     fn score_bounds(&self, page: usize, query: &GroupQuery<'_>, bounds: &mut [f32]) {
+        /// Pages ahead whose boxes are asked for.
+        const AHEAD: usize = 6;
         let head_dim = self.pages.head_dim;
         let mut corners = Scratch::take(2 * head_dim);
-        let (low, high) = corners.split_at_mut(head_dim);
-        match &self.pages.codec {
-            Some(codec) if !self.pages.kept.boxes => {
-                codec.key_box(self.pages.near_page(&**codec, self.kv_head, page), low, high);
-            }
-            _ => {
-                let stored = &self.pages.boxes[(page * self.pages.kv_heads + self.kv_head) * 2 * head_dim..][..2 * head_dim];
-                stored[..head_dim].convert_to_f32_slice(low);
-                stored[head_dim..].convert_to_f32_slice(high);
-            }
+        if page + AHEAD < self.num_pages {
+            prefetch(self.pages.stored_box(self.kv_head, page + AHEAD));
         }
-        let scale = 1.0 / (head_dim as f32).sqrt();
-        bounds.iter_mut().zip(query.heads()).for_each(|(bound, query)| *bound = largest_product(query, low, high) * scale);
+        self.pages.stored_box(self.kv_head, page).convert_to_f32_slice(&mut corners);
+        let (low, high) = corners.split_at(head_dim);
+        largest_products(query.queries, low, high, 1.0 / (head_dim as f32).sqrt(), bounds);
     }
 }
 
 multiversion! {
-    /// Largest product of a vector with one from the box `low..high`.
-    fn largest_product(query: &[f32], low: &[f32], high: &[f32]) -> f32 {
-        let mut lanes = [0.0f32; LANES];
-        let (queries, rest) = query.as_chunks::<LANES>();
-        let ((lows, low_rest), (highs, high_rest)) = (low.as_chunks::<LANES>(), high.as_chunks::<LANES>());
-        for ((query, low), high) in queries.iter().zip(lows).zip(highs) {
-            for lane in 0..LANES {
-                lanes[lane] += (query[lane] * low[lane]).max(query[lane] * high[lane]);
+    /// Largest product of each query with a vector from the box `low..high`, times `scale`.
+    fn largest_products(queries: &[f32], low: &[f32], high: &[f32], scale: f32, bounds: &mut [f32]) {
+        for (query, bound) in queries.chunks_exact(low.len()).zip(bounds) {
+            let mut lanes = [0.0f32; LANES];
+            let (queries, rest) = query.as_chunks::<LANES>();
+            let ((lows, low_rest), (highs, high_rest)) = (low.as_chunks::<LANES>(), high.as_chunks::<LANES>());
+            for ((query, low), high) in queries.iter().zip(lows).zip(highs) {
+                for lane in 0..LANES {
+                    lanes[lane] += reduce::larger(query[lane] * low[lane], query[lane] * high[lane]);
+                }
             }
+            let rest = rest.iter().zip(low_rest).zip(high_rest);
+            rest.zip(&mut lanes).for_each(|(((query, low), high), lane)| *lane += reduce::larger(query * low, query * high));
+            *bound = reduce::join(lanes, |a, b| a + b) * scale;
         }
-        let rest = rest.iter().zip(low_rest).zip(high_rest);
-        rest.zip(&mut lanes).for_each(|(((query, low), high), lane)| *lane += (query * low).max(query * high));
-        reduce::join(lanes, |a, b| a + b)
+    }
+}
+
+multiversion! {
+    /// Squares of norms, rounded up.
+    fn square_up(norms: &mut [f32; TILE]) {
+        norms.iter_mut().for_each(|norm| *norm = *norm * *norm * UP);
+    }
+}
+
+/// The least half that is at least `x`, the largest for numbers beyond: keys are halves, so none is larger. Infinity stays.
+fn half_up(x: f32) -> f16 {
+    let near = f16::from_f32(x);
+    match near.to_f32() {
+        wide if wide < x => f16::from_f32(wide + (wide.abs() / 1024.0).max(6e-8)),
+        f32::INFINITY if x.is_finite() => f16::MAX,
+        _ => near,
     }
 }
 

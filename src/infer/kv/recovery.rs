@@ -2,10 +2,10 @@
 //! first, until they hold. The last resort is attention over the originals altogether.
 
 use super::assess::{Assessment, assess};
-use super::pages::{Pages, Promoted, View};
+use super::pages::{Pages, Promoted, View, Watch};
 use crate::error::Result;
 use crate::infer::cache::{Certificate, Counters, Options};
-use crate::ops::cpu::attention::{Line, Shares, TILE, TileSet, attend_lines};
+use crate::ops::cpu::attention::{Line, Shares, TileSet, attend_lines};
 
 /// Times that pages are promoted before a head is computed densely.
 const ROUNDS: usize = 2;
@@ -106,12 +106,10 @@ fn recover(group: &Group<'_>, mut short: Vec<Short>, finals: &mut [Assessment], 
         promoted = more;
         let tiles = group.lines.first().and_then(|line| line.tiles).map(|tiles| tiles.iter().chain(promoted.keys.iter()).collect());
         let view = View { pages: group.pages, own: group.own, promoted: Some(&promoted) };
-        let norms = |tile: usize, norms: &mut [f32; TILE]| {
-            group.pages.squared_norms(group.kv_head, tile, view.has_exact_values(tile), norms);
-        };
         let lines: Vec<Line<'_>> = short.iter().map(|short| Line { tiles: tiles.as_ref(), ..group.lines[short.line] }).collect();
         let mut again = vec![0.0; lines.len() * head_dim];
-        let shares = attend_lines(head_dim, group.scale, &lines, &view, group.kv_head, Some(&norms), &mut again);
+        let shares =
+            attend_lines(head_dim, group.scale, &lines, &view, group.kv_head, Some(&Watch::new(&view, group.kv_head, &lines)), &mut again);
         let mut still = vec![];
         for (((short, line), shares), again) in short.iter().zip(&lines).zip(&shares).zip(again.chunks_exact(head_dim)) {
             let assessment = assess(&view, group.kv_head, line, shares, again);
@@ -131,11 +129,13 @@ fn recover(group: &Group<'_>, mut short: Vec<Short>, finals: &mut [Assessment], 
     if !short.is_empty() {
         let every = Promoted { keys: TileSet::below(group.own), values: TileSet::below(group.own) };
         verify(group, &every, &promoted)?;
-        for Short { line, .. } in &short {
-            let lines = [Line { tiles: None, ..group.lines[*line] }];
-            let out = &mut out[line * head_dim..][..head_dim];
-            attend_lines(head_dim, group.scale, &lines, group.pages.originals(), group.kv_head, None, out);
-            finals[*line] = Assessment::exact(out);
+        // Lines share the reading.
+        let lines: Vec<Line<'_>> = short.iter().map(|short| Line { tiles: None, ..group.lines[short.line] }).collect();
+        let mut exact = vec![0.0; lines.len() * head_dim];
+        attend_lines(head_dim, group.scale, &lines, group.pages.originals(), group.kv_head, None, &mut exact);
+        for (Short { line, .. }, exact) in short.iter().zip(exact.chunks_exact(head_dim)) {
+            out[line * head_dim..][..head_dim].copy_from_slice(exact);
+            finals[*line] = Assessment::exact(exact);
         }
         counters.dense += short.len() as u64;
         promoted = every;
@@ -157,7 +157,19 @@ fn plan(group: &Group<'_>, short: &[Short], promoted: &Promoted) -> Option<Promo
     }
     gains.iter_mut().skip(Part::Both as usize).step_by(Part::ALL.len()).for_each(|gain| *gain /= 2.0);
     let mut order: Vec<usize> = (0..gains.len()).filter(|choice| gains[*choice] > 0.0).collect();
-    order.sort_by(|a, b| gains[*b].total_cmp(&gains[*a]).then(a.cmp(b)));
+    let by_gain = |a: &usize, b: &usize| gains[*b].total_cmp(&gains[*a]).then(a.cmp(b));
+    // Most often nothing that is worth its bytes would do: then there is no need to put everything in order.
+    let most = (2.0 * MOST * group.own as f64) as usize;
+    if most < order.len() {
+        order.select_nth_unstable_by(most, by_gain);
+        let mut best = needs.clone();
+        best.iter_mut().for_each(|need| order[..most].iter().for_each(|choice| need.take(*choice)));
+        // Sums in another order differ in their last bits.
+        if !best.iter().all(|need| need.is_met_within(1.0 + 1e-9)) {
+            return None;
+        }
+    }
+    order.sort_by(by_gain);
     let mut more = promoted.clone();
     for choice in order {
         if needs.iter().all(Need::is_met) {
@@ -177,6 +189,7 @@ fn plan(group: &Group<'_>, short: &[Short], promoted: &Promoted) -> Option<Promo
 }
 
 /// What one line still has to lose.
+#[derive(Clone)]
 struct Need {
     aim: f64,
     /// Error that adds up.
@@ -198,7 +211,7 @@ impl Need {
             return None;
         }
         let mut need = Self { aim, linear: 0.0, square: 0.0, amounts: vec![(0.0, 0.0); group.own * Part::ALL.len()] };
-        for item in &assessment.items {
+        for item in &assessment.items() {
             let (linear, square) = item.amounts(metered);
             need.amounts[item.page * Part::ALL.len() + item.part as usize] = (linear, square);
             (need.linear, need.square) = (need.linear + linear, need.square + square);
@@ -218,7 +231,11 @@ impl Need {
     }
 
     fn is_met(&self) -> bool {
-        self.linear + METERS * self.square.max(0.0).sqrt() <= self.aim
+        self.is_met_within(1.0)
+    }
+
+    fn is_met_within(&self, factor: f64) -> bool {
+        self.linear + METERS * self.square.max(0.0).sqrt() <= self.aim * factor
     }
 }
 

@@ -2,7 +2,7 @@
 //! certifies every output against the halves and reads those where the certificate falls short.
 
 use super::codec::Codec;
-use super::pages::{Kept, Pages, View};
+use super::pages::{Kept, Pages, View, Watch};
 use super::recovery::{Group, certify};
 use super::{Queries, Store};
 use crate::error::Result;
@@ -11,6 +11,7 @@ use crate::infer::cache::{Counters, Options};
 use crate::ops::cpu::attention::{Line, TILE, TileSet, attend_lines};
 use rayon::prelude::*;
 use std::ops::Range;
+use std::time::{Duration, Instant};
 
 /// Lines of queries that one task reads a page for: more of them share the work of decoding it.
 const LINES: usize = 64;
@@ -24,6 +25,7 @@ pub(super) struct TieredStore {
     /// Absent where the layer reads every page.
     attention: Option<Attention>,
     counters: Counters,
+    choosing: Duration,
 }
 
 /// Consecutive rows on one page, for one key-value head.
@@ -38,7 +40,13 @@ impl TieredStore {
         let attention = Some(options.attention).filter(|attention| !attention.policy().is_dense_in(layer));
         let needs_bounds = attention.is_some_and(|attention| attention.policy().needs_bounds());
         let kept = Kept { norms: options.certifies(), boxes: needs_bounds || (attention.is_some() && options.certifies()) };
-        Self { pages: Pages::new(codec, kept, kv_heads, head_dim), options: *options, attention, counters: Counters::default() }
+        Self {
+            pages: Pages::new(codec, kept, kv_heads, head_dim),
+            options: *options,
+            attention,
+            counters: Counters::default(),
+            choosing: Duration::ZERO,
+        }
     }
 
     fn tasks(queries: &Queries<'_>) -> Vec<Task> {
@@ -57,12 +65,11 @@ impl TieredStore {
     }
 
     /// Outputs of a task's lines, `[rows, heads of the group, head_dim]`.
-    fn run(&self, queries: &Queries<'_>, task: &Task) -> Result<(Vec<f32>, Counters)> {
+    fn run(&self, queries: &Queries<'_>, task: &Task, sets: &[Option<TileSet>]) -> Result<(Vec<f32>, Counters)> {
         let (head_dim, group) = (queries.head_dim, queries.group());
         let width = group * head_dim;
         let row_queries = |row: usize| &queries.q[(row * queries.heads + task.kv_head * group) * head_dim..][..width];
-        let sets: Vec<Option<TileSet>> = task.rows.clone().map(|row| self.choose(row_queries(row), task)).collect();
-        let lines: Vec<Line<'_>> = (task.rows.clone().zip(&sets))
+        let lines: Vec<Line<'_>> = (task.rows.clone().zip(sets))
             .flat_map(|(row, tiles)| {
                 let line = move |query| Line { query, position: queries.first_position + row, tiles: tiles.as_ref() };
                 row_queries(row).chunks_exact(head_dim).map(line)
@@ -76,10 +83,8 @@ impl TieredStore {
             attend_lines(head_dim, queries.scale(), &lines, &view, task.kv_head, None, &mut out);
             return Ok((out, counters));
         }
-        let norms = |tile: usize, norms: &mut [f32; TILE]| {
-            self.pages.squared_norms(task.kv_head, tile, view.has_exact_values(tile), norms);
-        };
-        let shares = attend_lines(head_dim, queries.scale(), &lines, &view, task.kv_head, Some(&norms), &mut out);
+        let watch = Watch::new(&view, task.kv_head, &lines);
+        let shares = attend_lines(head_dim, queries.scale(), &lines, &view, task.kv_head, Some(&watch), &mut out);
         for ((lines, shares), out) in lines.chunks(group).zip(shares.chunks(group)).zip(out.chunks_mut(width)) {
             let group = Group {
                 pages: &self.pages,
@@ -92,6 +97,13 @@ impl TieredStore {
             certify(&group, shares, out, &mut counters)?;
         }
         Ok((out, counters))
+    }
+
+    /// What each row of a task reads.
+    fn choices(&self, queries: &Queries<'_>, task: &Task) -> Vec<Option<TileSet>> {
+        let width = queries.group() * queries.head_dim;
+        let row_queries = |row: usize| &queries.q[(row * queries.kv_heads + task.kv_head) * width..][..width];
+        task.rows.clone().map(|row| self.choose(row_queries(row), task)).collect()
     }
 
     /// What a row reads, its own page included; all when absent.
@@ -123,12 +135,12 @@ impl Store for TieredStore {
 
     fn attend(&mut self, queries: Queries<'_>, out: &mut [f32]) -> Result<()> {
         let tasks = Self::tasks(&queries);
-        let run = |task: &Task| self.run(&queries, task);
-        let results: Vec<Result<_>> = if queries.q.len() * (queries.first_position + queries.rows()) < SERIAL_WORK {
-            tasks.iter().map(run).collect()
-        } else {
-            tasks.par_iter().with_max_len(1).map(run).collect()
-        };
+        let alone = queries.q.len() * (queries.first_position + queries.rows()) < SERIAL_WORK;
+        let start = Instant::now();
+        let sets = for_each(&tasks, alone, |task: &Task| self.choices(&queries, task));
+        self.choosing += start.elapsed();
+        let chosen: Vec<(&Task, Vec<Option<TileSet>>)> = tasks.iter().zip(sets).collect();
+        let results = for_each(&chosen, alone, |(task, sets)| self.run(&queries, task, sets));
         let width = queries.group() * queries.head_dim;
         for (task, result) in tasks.iter().zip(results) {
             let (outputs, counters) = result?;
@@ -143,6 +155,15 @@ impl Store for TieredStore {
     fn counters(&self) -> Counters {
         self.counters
     }
+
+    fn choosing(&self) -> Duration {
+        self.choosing
+    }
+}
+
+/// Maps `tasks`, on all threads unless `alone`.
+fn for_each<T: Sync, R: Send>(tasks: &[T], alone: bool, run: impl Fn(&T) -> R + Sync + Send) -> Vec<R> {
+    if alone { tasks.iter().map(run).collect() } else { tasks.par_iter().with_max_len(1).map(run).collect() }
 }
 
 #[cfg(test)]

@@ -2,24 +2,32 @@
 //! s_ij = scale * q_i . k_j,  p_ij = exp(s_ij - lse_i),  out_i = sum_j p_ij v_j   for document_start_i <= j <= i
 //! ds_ij = p_ij (do_i . v_j - out_i . do_i),  dq_i = scale sum_j ds_ij k_j,  dk_j = scale sum_i ds_ij q_i,  dv_j = sum_i p_ij do_i
 //! q, out: [batch * tokens, heads * head_dim]   k, v: [batch * tokens, kv_heads * head_dim]   lse: [batch, heads, tokens]
-//! Reads, accumulates and writes f32; the online softmax runs over tiles of 64 keys at multiples of 64 from the start of the row, so
-//! a query decoded alone from a cache gets the bits it had in training. Never a tokens x tokens matrix.
+//! Reads, accumulates and writes f32; the online softmax runs over tiles of 64 keys at multiples of 64 from the start of the row, and
+//! starts afresh every [`SEGMENT`] tiles, whose results are joined in ascending order. So a query decoded alone from a cache, by however
+//! many threads, gets the bits it had in training. Never a tokens x tokens matrix.
 
 mod backward;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod chain;
 mod forward;
+mod halves;
 mod lines;
 mod product;
 mod tiles;
 
 use super::scratch::Scratch;
 use backward::{KeySide, QuerySide, backward_head};
-use forward::{BLOCK, Block};
-pub use lines::{Line, Share, Shares, SquaredNorms, TileSet, attend_lines};
+pub use forward::SEGMENT;
+use forward::{BLOCK, Block, GROUP, Unwatched, segment};
+pub use halves::{mix_halves, score_halves};
+pub use lines::{Line, Observer, ScoreError, Share, Shares, TileSet, attend_lines};
 use rayon::prelude::*;
 use std::borrow::Cow;
 use std::marker::PhantomData;
 use tiles::{HeadRows, write_scaled};
-pub use tiles::{KeyValueTiles, TILE, TiledKeyValues, key_tile_len, padded, store_key, store_value, value_tile_len};
+pub use tiles::{
+    KeyValueTiles, TILE, TiledKeyValues, Visit, key_tile_len, mix_decoded, padded, score_decoded, store_key, store_value, value_tile_len,
+};
 
 /// Sizes of one attention over a batch of rows of equal length.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -259,21 +267,46 @@ pub fn attend_cached(
     let (group, rows) = (heads / kv_heads, q.len() / (heads * head_dim));
     // Queries of all heads of a group share each pass over the keys, so a lone query still fills several rows of a product.
     let blocks = (rows * group).div_ceil(BLOCK);
+    let alone = q.len() * (first_position + rows) < SERIAL_WORK;
+    let place = |kv_head: usize, line: usize| (line / group * heads + kv_head * group + line % group) * head_dim;
+    let segments = (first_position + rows).div_ceil(SEGMENT * TILE);
+    if !alone && rows * group <= GROUP && segments > 1 {
+        let lines = |kv_head: usize| {
+            let mut block = Block::new(head_dim);
+            block.clear();
+            (0..rows * group).for_each(|line| block.push(&q[place(kv_head, line)..][..head_dim], scale, 0, first_position + line / group));
+            block
+        };
+        let part = |index: usize| {
+            let mut block = lines(index / segments);
+            block.attend_chosen(cache, index / segments, segment(index % segments), |_, _| true, &mut Unwatched);
+            block.into_drawn()
+        };
+        let parts: Vec<_> = (0..kv_heads * segments).into_par_iter().with_max_len(1).map(part).collect();
+        for (kv_head, parts) in parts.chunks(segments).enumerate() {
+            let mut block = lines(kv_head);
+            parts.iter().for_each(|part| block.join(part));
+            block.close();
+            (0..rows * group).for_each(|line| {
+                block.finish(line, &mut out[place(kv_head, line)..][..head_dim]);
+            });
+        }
+        return;
+    }
     let out = SharedRows::new(out);
     let task = |index: usize| {
         let (kv_head, first_line) = (index / blocks, index % blocks * BLOCK);
         let lines = first_line..(rows * group).min(first_line + BLOCK);
-        let place = |line: usize| (line / group * heads + kv_head * group + line % group) * head_dim;
         let mut block = Block::new(head_dim);
         block.clear();
-        lines.clone().for_each(|line| block.push(&q[place(line)..][..head_dim], scale, 0, first_position + line / group));
+        lines.clone().for_each(|line| block.push(&q[place(kv_head, line)..][..head_dim], scale, 0, first_position + line / group));
         block.attend(cache, kv_head);
         for (index, line) in lines.enumerate() {
             // SAFETY: every line belongs to one task and has its own place.
-            block.finish(index, unsafe { out.part(place(line), head_dim) });
+            block.finish(index, unsafe { out.part(place(kv_head, line), head_dim) });
         }
     };
-    if q.len() * (first_position + rows) < SERIAL_WORK {
+    if alone {
         (0..kv_heads * blocks).for_each(task);
     } else {
         (0..kv_heads * blocks).into_par_iter().with_max_len(1).for_each(task);

@@ -2,6 +2,8 @@
 
 use super::gemm::{Matrix, Panels, gemm};
 use super::ternary::{PackedTernary, quantize_activations, ternary_matmul};
+use crate::multiversion;
+use rayon::prelude::*;
 use serde::Serialize;
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -86,6 +88,29 @@ pub fn ternary(shape: Shape, budget: Duration) -> Vec<Measurement> {
     ]
 }
 
+/// Bytes per second at which all threads together read memory when they do nothing else: the best pass over `bytes` within `budget`.
+pub fn read_bandwidth(bytes: usize, budget: Duration) -> f64 {
+    let words: Vec<u32> = (0..bytes as u32 / 4).collect();
+    let share = words.len().div_ceil(rayon::current_num_threads());
+    let seconds = best_time(budget, || {
+        black_box(words.par_chunks(share).map(sum_of_words).reduce(|| 0, u32::wrapping_add));
+    });
+    size_of_val(&words[..]) as f64 / seconds
+}
+
+multiversion! {
+    /// In enough lanes that only the loads take time.
+    fn sum_of_words(words: &[u32]) -> u32 {
+        let mut lanes = [0u32; 128];
+        for chunk in words.as_chunks::<128>().0 {
+            for (lane, word) in lanes.iter_mut().zip(chunk) {
+                *lane = lane.wrapping_add(*word);
+            }
+        }
+        lanes.iter().fold(0, |sum, lane| sum.wrapping_add(*lane))
+    }
+}
+
 fn measurement(name: &'static str, shape: Shape, seconds: f64, bytes: usize) -> Measurement {
     let operations = 2.0 * shape.m as f64 * shape.k as f64 * shape.n as f64;
     Measurement { name, shape, seconds, gflops: operations / seconds / 1e9, gbytes_per_second: bytes as f64 / seconds / 1e9 }
@@ -99,6 +124,14 @@ fn pattern(count: usize) -> Vec<f32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn reads_take_time() {
+        let bandwidth = read_bandwidth(1 << 16, Duration::from_millis(1));
+        assert!(bandwidth > 1e6 && bandwidth.is_finite(), "{bandwidth}");
+        let words: Vec<u32> = (1..=256).collect();
+        assert_eq!(sum_of_words(&words), 256 * 257 / 2);
+    }
 
     #[test]
     fn figures_follow_from_the_time() {

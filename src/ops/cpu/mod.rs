@@ -9,6 +9,7 @@ pub mod gemm;
 pub mod isa;
 pub mod math;
 pub mod norm;
+pub(crate) mod prefetch;
 pub mod reduce;
 pub mod rope;
 pub(crate) mod scratch;

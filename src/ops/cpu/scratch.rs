@@ -43,6 +43,14 @@ impl Scratch {
     }
 }
 
+impl Scratch {
+    /// The same memory as 16-bit words, two per float.
+    pub(crate) fn shorts(&mut self) -> &mut [i16] {
+        // SAFETY: a float is two such words, less strictly aligned, and every bit pattern is valid for both.
+        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), 2 * self.length) }
+    }
+}
+
 impl Drop for Scratch {
     fn drop(&mut self) {
         let lines = std::mem::take(&mut self.lines);

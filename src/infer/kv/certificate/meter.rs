@@ -15,6 +15,6 @@ pub struct PageSquares {
 
 /// H: rounding errors taken as independent, E norm(O - Ohat)^2 = sum_t u_t^2 [var(delta_t) norm(vhat_t - Ohat)^2 + E norm(v_t - vhat_t)^2]
 /// to first order in them.
-pub fn expected_square(pages: &[PageSquares]) -> f64 {
-    pages.iter().map(|page| page.score_variance * page.dispersion + page.value_square * page.squares).sum()
+pub fn expected_square<'a>(pages: impl IntoIterator<Item = &'a PageSquares>) -> f64 {
+    pages.into_iter().map(|page| page.score_variance * page.dispersion + page.value_square * page.squares).sum()
 }

@@ -20,8 +20,57 @@ pub struct PagePart {
 
 impl PagePart {
     /// e^Delta - 1.
-    fn swing(&self) -> f64 {
-        self.score_error.exp_m1()
+    pub fn swing(&self) -> f64 {
+        swing(self.score_error)
+    }
+}
+
+/// e^x - 1 for x >= 0, rounded up by less than one part in 10^12. By its series where that is short: bounds of many pages ask for it.
+fn swing(x: f64) -> f64 {
+    if x > 0.25 {
+        return x.exp_m1() * (1.0 + 1e-15);
+    }
+    /// 1 / 11!, ..., 1 / 2!: the first term left out is below 10^-15 of the sum.
+    const INVERSE_FACTORIALS: [f64; 10] = [
+        1.0 / 39_916_800.0,
+        1.0 / 3_628_800.0,
+        1.0 / 362_880.0,
+        1.0 / 40_320.0,
+        1.0 / 5_040.0,
+        1.0 / 720.0,
+        1.0 / 120.0,
+        1.0 / 24.0,
+        1.0 / 6.0,
+        1.0 / 2.0,
+    ];
+    let series = INVERSE_FACTORIALS.iter().fold(0.0, |sum, factor| sum * x + factor) * x + 1.0;
+    series * x * (1.0 + 1e-13)
+}
+
+/// [`least_mass`] and [`total_error`] of pages added one by one, e^Delta found once for each.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Totals {
+    least_mass: f64,
+    error: f64,
+}
+
+impl Totals {
+    /// Adds a page; `swing` is its [`PagePart::swing`].
+    pub fn add(&mut self, part: &PagePart, swing: f64) {
+        self.least_mass += part.mass / (1.0 + swing);
+        self.error += product(swing, (part.mass * part.dispersion).max(0.0).sqrt());
+        self.error += product(product(part.mass, 1.0 + swing), part.value_error);
+    }
+
+    /// W_lo.
+    pub fn least_mass(&self) -> f64 {
+        self.least_mass
+    }
+
+    /// F; infinite where so little mass is certain that nothing is known.
+    pub fn error(&self) -> f64 {
+        let bound = self.error / self.least_mass;
+        if bound.is_nan() { f64::INFINITY } else { bound }
     }
 }
 

@@ -66,6 +66,28 @@ fn the_identity_holds() {
 }
 
 #[test]
+fn totals_are_the_sums_over_pages_and_swings_are_rounded_up() {
+    let mut stream = Stream::new(5, "totals");
+    for x in (0..4000).map(|_| stream.uniform() * 0.6).chain([0.0, 1e-300, 1e-9, 0.25, 3.0, f64::INFINITY]) {
+        let (exact, swing) = (x.exp_m1(), PagePart { score_error: x, ..PagePart::default() }.swing());
+        // The library's own last bit is not certain.
+        assert!(swing >= exact * (1.0 - 3e-16) && swing <= exact * (1.0 + 1e-12), "{x}: {exact} {swing}");
+    }
+    let part = |_| PagePart {
+        mass: stream.uniform(),
+        score_error: stream.uniform(),
+        value_error: stream.uniform(),
+        dispersion: stream.uniform(),
+        radius: 1.0,
+    };
+    let parts: Vec<PagePart> = (0..9).map(part).collect();
+    let mut totals = Totals::default();
+    parts.iter().for_each(|part| totals.add(part, part.swing()));
+    assert!((totals.least_mass() / least_mass(&parts) - 1.0).abs() < 1e-9);
+    assert!((totals.error() / total_error(&parts) - 1.0).abs() < 1e-9);
+}
+
+#[test]
 fn promoting_lowers_the_bound_to_nothing() {
     let mut stream = Stream::new(2, "parts");
     for _ in 0..200 {

@@ -44,12 +44,17 @@ impl Certificate {
     /// The smaller of two bounds of max_t |q . (k_t - khat_t)| / sqrt(d): norm(q) key_radius / sqrt(d), which turning the query does not
     /// change, and `interval`, a bound from ranges of channels where the codec has one (infinity where not).
     pub fn score_error(&self, query: &[f32], interval: f32) -> f32 {
+        self.score_error_of(sum_of_squares(query), query.len(), interval)
+    }
+
+    /// The same from the sum of the query's squares and its width.
+    pub(super) fn score_error_of(&self, square: f32, width: usize, interval: f32) -> f32 {
         // Only the radius knows of numbers that were not finite, for which no range holds.
         if !self.key_radius.is_finite() {
             return f32::INFINITY;
         }
         // What products of tiny numbers lose below the smallest normal one is less than that.
-        let rms = (sum_of_squares(query) / query.len() as f32 + f32::MIN_POSITIVE).sqrt();
+        let rms = (square / width as f32 + f32::MIN_POSITIVE).sqrt();
         (rms * self.key_radius * SUM_SLACK).min(interval + f32::MIN_POSITIVE)
     }
 
@@ -64,18 +69,24 @@ impl Certificate {
 }
 
 multiversion! {
-    fn sum_of_squares(query: &[f32]) -> f32 {
+    pub(super) fn sum_of_squares(query: &[f32]) -> f32 {
         reduce::sum_of_squares(query)
     }
 }
 
 /// norm(vhat_t) of each token, rounded up.
 pub(super) fn read_value_norms(page: &[u8], norms: &mut [f32]) {
-    let bytes = &page[page.len() - BYTES + NORMS..];
-    norms.iter_mut().zip(bytes.as_chunks::<2>().0).for_each(|(norm, bytes)| {
-        let bits = u16::from_le_bytes(*bytes);
-        *norm = if bits < f16::INFINITY.to_bits() { widen(bits) } else { f32::INFINITY };
-    });
+    widen_norms(&page[page.len() - BYTES + NORMS..], norms);
+}
+
+multiversion! {
+    fn widen_norms(bytes: &[u8], norms: &mut [f32]) {
+        norms.iter_mut().zip(bytes.as_chunks::<2>().0).for_each(|(norm, bytes)| {
+            let bits = u16::from_le_bytes(*bytes);
+            let wide = widen(bits);
+            *norm = if bits < f16::INFINITY.to_bits() { wide } else { f32::INFINITY };
+        });
+    }
 }
 
 /// Decodes `page` and writes its certificate against the originals, both `[64, head_dim]`.

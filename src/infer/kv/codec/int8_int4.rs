@@ -1,13 +1,19 @@
 //! Keys in 8 bits per channel, values in 4 bits per group. Calver 2026, arXiv:2605.20868, with f16 metadata and pages of 64 tokens.
 //! khat = scale_c * code + zero_c over the 64 tokens of channel c;   vhat = scale_tg * code + zero_tg over 32 channels of one token
 //! Both are one fused multiply-add in f32. Zeros are the exact least number, scales are f16 rounded up (see `affine`).
+//!
+//! Scores with a page are integer dot products, see [`query`].
 
 use super::affine::Affine;
+#[cfg(target_arch = "x86_64")]
+mod fused;
+mod query;
+
 use super::certificate::{self, Certificate, SUM_SLACK};
-use super::{Codec, finite, half, transposed};
+use super::{Codec, Probe, finite, half, transposed};
 use crate::multiversion;
-use crate::ops::cpu::attention::{TILE, padded};
-use crate::ops::cpu::reduce::{LANES, Lanes, join};
+use crate::ops::cpu::attention::{ScoreError, TILE, padded};
+use crate::ops::cpu::reduce::{LANES, Lanes, join, larger};
 use crate::ops::cpu::scratch::Scratch;
 use ::half::f16;
 use std::ops::Range;
@@ -127,6 +133,37 @@ impl Codec for Int8Int4 {
         decode_value_codes(self.head_dim, &page[value_codes], &page[value_scales], &page[value_zeros], tile);
     }
 
+    fn scores_itself(&self) -> bool {
+        self.head_dim <= query::WIDEST
+    }
+
+    fn score(&self, page: &[u8], queries: &[f32], scores: &mut [f32]) -> bool {
+        if self.scores_itself() {
+            query::score(&self.layout, self.head_dim, page, queries, scores);
+        }
+        self.scores_itself()
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn mix(&self, page: &[u8], weights: &[f32], tokens: Range<usize>, outputs: &mut [f32], next: Option<&[u8]>) -> bool {
+        fused::mix_page(&self.layout, self.head_dim, page, weights, tokens, outputs, next)
+    }
+
+    fn score_errors(&self, page: &[u8], queries: &[Probe<'_>], errors: &mut [ScoreError]) {
+        let (certificate, width) = (Certificate::read(page), self.head_dim);
+        let mut sums = [[0.0; 4]; 8];
+        for (queries, errors) in queries.chunks(sums.len()).zip(errors.chunks_mut(sums.len())) {
+            interval_sums(queries, &page[self.layout.key_scales.clone()], &page[self.layout.key_zeros.clone()], &mut sums);
+            for ((error, probe), [interval, square, magnitude, largest]) in errors.iter_mut().zip(queries).zip(sums) {
+                let root = (width as f32).sqrt();
+                let interval = interval / root * SUM_SLACK;
+                let arithmetic = if self.scores_itself() { query::error(width, magnitude, largest) / root * SUM_SLACK } else { 0.0 };
+                let variance = if certificate.key_mean_square.is_finite() { square / (12.0 * width as f32) } else { f32::INFINITY };
+                *error = ScoreError { most: certificate.score_error_of(probe.square, width, interval) + arithmetic, variance };
+            }
+        }
+    }
+
     fn score_error(&self, page: &[u8], query: &[f32]) -> f32 {
         let Layout { key_scales, key_zeros, .. } = self.layout.clone();
         let interval = interval_error(query, &page[key_scales], &page[key_zeros]) / (query.len() as f32).sqrt() * SUM_SLACK;
@@ -155,6 +192,13 @@ impl Codec for Int8Int4 {
         let uniform = interval_variance(query, &page[self.layout.key_scales.clone()]) / (12.0 * query.len() as f32);
         let variance = if certificate.key_mean_square.is_finite() { uniform } else { f32::INFINITY };
         (variance, certificate.value_mean_square)
+    }
+}
+
+multiversion! {
+    /// Halves of a page as floats.
+    fn widen_all(bytes: &[u8], wide: &mut [f32]) {
+        wide.iter_mut().zip(bytes.as_chunks::<2>().0).for_each(|(wide, bytes)| *wide = half::widen(u16::from_le_bytes(*bytes)));
     }
 }
 
@@ -217,6 +261,41 @@ multiversion! {
 }
 
 multiversion! {
+    /// Of several queries, what only the page decides computed once: [`interval_error`], [`interval_variance`],
+    /// sum_c |q_c| (255 scale_c + |zero_c|), and max_c |q_c| scale_c.
+    fn interval_sums(queries: &[Probe<'_>], scales: &[u8], zeros: &[u8], sums: &mut [[f32; 4]; 8]) {
+        const HALF_STEP: f32 = 0.5 + 1e-4;
+        let chunks = scales.len().div_ceil(2 * LANES);
+        let mut steps = Scratch::take(3 * chunks * LANES);
+        for (chunk, steps) in steps.as_chunks_mut::<{ 3 * LANES }>().0.iter_mut().enumerate() {
+            let (scales, zeros) = (half::read_lanes(scales, chunk), half::read_lanes(zeros, chunk));
+            let (widths, rest) = steps.split_at_mut(LANES);
+            let (scale, magnitudes) = rest.split_at_mut(LANES);
+            for lane in 0..LANES {
+                scale[lane] = scales[lane];
+                magnitudes[lane] = KEY_LEVELS.mul_add(scales[lane], zeros[lane].abs());
+                widths[lane] = HALF_STEP.mul_add(scales[lane], magnitudes[lane] * f32::EPSILON);
+            }
+        }
+        for (probe, sums) in queries.iter().zip(sums) {
+            let (mut errors, mut variances): (Lanes, Lanes) = ([0.0; LANES], [0.0; LANES]);
+            let (mut magnitudes, mut largest): (Lanes, Lanes) = ([0.0; LANES], [0.0; LANES]);
+            for (chunk, steps) in steps.as_chunks::<{ 3 * LANES }>().0.iter().enumerate() {
+                let query = half::lanes(probe.query, chunk);
+                for lane in 0..LANES {
+                    let (size, step) = (query[lane].abs(), query[lane].abs() * steps[LANES + lane]);
+                    errors[lane] = size.mul_add(steps[lane], errors[lane]);
+                    variances[lane] = step.mul_add(step, variances[lane]);
+                    magnitudes[lane] = size.mul_add(steps[2 * LANES + lane], magnitudes[lane]);
+                    largest[lane] = larger(step, largest[lane]);
+                }
+            }
+            *sums = [join(errors, |x, y| x + y), join(variances, |x, y| x + y), join(magnitudes, |x, y| x + y), join(largest, larger)];
+        }
+    }
+}
+
+multiversion! {
     /// sum_c q_c^2 scale_c^2
     fn interval_variance(query: &[f32], scales: &[u8]) -> f32 {
         let mut sums: Lanes = [0.0; LANES];
@@ -261,6 +340,25 @@ mod tests {
     fn bytes_per_token_at_width_128() {
         let bytes = Int8Int4::new(128).page_bytes() as f64 / TILE as f64;
         assert_eq!(bytes, 218.25);
+    }
+
+    #[test]
+    fn several_queries_at_once_get_the_same_bounds() {
+        let codec = Int8Int4::new(40);
+        let mut stream = crate::ops::rng::Stream::new(6, "int8-int4");
+        let mut normal = |count: usize| -> Vec<f16> { (0..count).map(|_| f16::from_f64(stream.normal())).collect() };
+        let (keys, values) = (normal(TILE * 40), normal(TILE * 40));
+        let queries: Vec<f32> = normal(11 * 40).iter().map(|x| x.to_f32()).collect();
+        let mut page = vec![0; codec.page_bytes()];
+        codec.encode(&keys, &values, &mut page);
+        let probes: Vec<Probe<'_>> = queries.chunks(40).map(Probe::new).collect();
+        let mut errors = vec![ScoreError::default(); probes.len()];
+        codec.score_errors(&page, &probes, &mut errors);
+        for (error, query) in errors.iter().zip(queries.chunks(40)) {
+            let most = codec.score_error(&page, query);
+            assert!(error.most > most && error.most < 1.3 * most, "{error:?} {most}");
+            assert!((error.variance / codec.mean_squares(&page, query).0 - 1.0).abs() < 1e-5);
+        }
     }
 
     #[test]

@@ -1,10 +1,12 @@
 //! Attention of single lines over chosen tiles, with what each line drew from each tile on request: what sparse reading and certificates
 //! are made from. A line is one query of one head.
 
-use super::forward::{BLOCK, Block, GROUP, Seen, Unwatched, Witness};
+use super::forward::{BLOCK, Block, GROUP, SEGMENT, Seen, Unwatched, Witness, segment};
 use super::tiles::{KeyValueTiles, TILE, padded};
 use crate::multiversion;
 use crate::ops::cpu::reduce;
+use rayon::prelude::*;
+use std::ops::Range;
 
 /// A set of tiles.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -76,10 +78,28 @@ impl Line<'_> {
     }
 }
 
-/// Writes at least the squared norms of the 64 values of a tile.
-pub type SquaredNorms<'a> = dyn Fn(usize, &mut [f32; TILE]) + 'a;
+/// Is asked about tiles while lines read them.
+pub trait Observer: Sync {
+    /// Writes at least the squared norms of the 64 values of a tile.
+    fn squared_norms(&self, tile: usize, norms: &mut [f32; TILE]);
 
-/// What a line drew from one tile, in units of the softmax's weights exp(score - `maximum`), `maximum` the largest score up to this tile.
+    /// Errors of the scores of some lines with the keys of a tile: none unless the observer knows of some.
+    fn score_errors(&self, tile: usize, lines: Range<usize>, errors: &mut [ScoreError]) {
+        let _ = (tile, lines, errors);
+    }
+}
+
+/// How far stored scores are from true ones.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct ScoreError {
+    /// At least the largest.
+    pub most: f32,
+    /// Their variance.
+    pub variance: f32,
+}
+
+/// What a line drew from one tile, in units of the softmax's weights exp(score - `maximum`), `maximum` the largest score of the tile's
+/// segment up to this tile.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Share {
     pub tile: usize,
@@ -90,8 +110,9 @@ pub struct Share {
     pub energy: f32,
     /// Sum of squared weights.
     pub squares: f32,
-    /// The line's output over this tile and those before, times the whole line's output.
+    /// The line's output over this tile and those before in its segment, times the whole line's output.
     pub reached: f32,
+    pub error: ScoreError,
 }
 
 /// The shares of one line.
@@ -108,43 +129,52 @@ pub struct Shares {
 }
 
 impl Shares {
-    fn finish(&mut self, block: &Block, line: usize, out: &[f32]) {
-        (self.maximum, self.sum) = (block.maximum(line), block.sum(line));
+    fn with_room(tiles: usize, head_dim: usize) -> Self {
+        Self { tiles: Vec::with_capacity(tiles), outputs: Vec::with_capacity(tiles * padded(head_dim)), ..Self::default() }
+    }
+
+    /// The line's output is known.
+    fn finish(&mut self, maximum: f32, sum: f32, out: &[f32]) {
+        (self.maximum, self.sum) = (maximum, sum);
         let width = padded(out.len());
         for (share, output) in self.tiles.iter_mut().zip(self.outputs.chunks_exact(width)) {
             share.reached = product(&output[..out.len()], out);
         }
-        self.outputs.clear();
+        self.outputs = vec![];
     }
 }
 
 /// Collects the shares of a block's lines.
-struct Ledger<'a, N> {
-    /// Writes the squared norms of a tile's 64 values.
-    squared_norms: N,
+struct Ledger<'a> {
+    observer: &'a dyn Observer,
+    /// Number of the block's first line among all.
+    first: usize,
     /// Tile whose norms are at hand.
     tile: Option<usize>,
     norms: [f32; TILE],
     shares: &'a mut [Shares],
 }
 
-impl<N: FnMut(usize, &mut [f32; TILE])> Witness for Ledger<'_, N> {
+impl Witness for Ledger<'_> {
     fn read(&mut self, block: &Block, tile: usize, first_line: usize, seen: &[Seen; GROUP], weights: &[f32]) {
         let hull = Seen::hull(seen);
         if hull.is_empty() {
             return;
         }
         if self.tile != Some(tile) {
-            (self.squared_norms)(tile, &mut self.norms);
+            self.observer.squared_norms(tile, &mut self.norms);
             self.tile = Some(tile);
         }
+        let count = GROUP.min(block.len() - first_line);
+        let mut errors = [ScoreError::default(); GROUP];
+        self.observer.score_errors(tile, self.first + first_line..self.first + first_line + count, &mut errors[..count]);
         let (first, columns) = hull.lanes();
-        let lines = (first_line..block.len()).zip(seen).zip(weights.chunks_exact(TILE));
-        for ((line, _), weights) in lines.filter(|((_, seen), _)| !seen.is_empty()) {
+        let lines = (first_line..block.len()).zip(seen).zip(errors).zip(weights.chunks_exact(TILE));
+        for (((line, _), error), weights) in lines.filter(|(((_, seen), _), _)| !seen.is_empty()) {
             let lanes = first..first + columns;
             let [mass, energy, squares] = sums(&weights[lanes.clone()], &self.norms[lanes]);
             let shares = &mut self.shares[line];
-            shares.tiles.push(Share { tile, maximum: block.maximum(line), mass, energy, squares, reached: 0.0 });
+            shares.tiles.push(Share { tile, maximum: block.maximum(line), mass, energy, squares, reached: 0.0, error });
             shares.outputs.extend_from_slice(block.unfinished(line));
         }
     }
@@ -163,8 +193,8 @@ multiversion! {
     }
 }
 
-/// Attention of `lines`, in ascending order of position, over one key-value head. Overwrites `out`, `[lines, head_dim]`. Given
-/// `squared_norms`, returns every line's shares.
+/// Attention of `lines`, in ascending order of position, over one key-value head. Overwrites `out`, `[lines, head_dim]`. Given an
+/// observer, returns every line's shares.
 ///
 /// A line gets the bits that [`attend_cached`](super::attend_cached) gives it over the same keys with the others masked.
 ///
@@ -176,34 +206,81 @@ pub fn attend_lines(
     lines: &[Line<'_>],
     tiles: &impl KeyValueTiles,
     kv_head: usize,
-    squared_norms: Option<&SquaredNorms<'_>>,
+    observer: Option<&dyn Observer>,
     out: &mut [f32],
 ) -> Vec<Shares> {
     assert_eq!(out.len(), lines.len() * head_dim, "one output per line");
-    let mut all = vec![Shares::default(); if squared_norms.is_some() { lines.len() } else { 0 }];
-    let mut block = Block::new(head_dim);
+    let mut all = vec![];
     for (index, (lines, out)) in lines.chunks(BLOCK).zip(out.chunks_mut(BLOCK * head_dim)).enumerate() {
-        block.clear();
-        lines.iter().for_each(|line| block.push(line.query, scale, 0, line.position));
-        let reads = |line: usize, tile: usize| lines[line].reads(tile);
-        if let Some(squared_norms) = squared_norms {
-            let shares = &mut all[index * BLOCK..][..lines.len()];
-            for (line, shares) in lines.iter().zip(&mut *shares) {
-                let tiles = line.tiles.map_or(line.position / TILE + 1, TileSet::len);
-                shares.outputs.reserve(tiles * padded(head_dim));
-            }
-            block.attend_chosen(tiles, kv_head, reads, &mut Ledger { squared_norms, tile: None, norms: [0.0; TILE], shares });
-        } else {
-            block.attend_chosen(tiles, kv_head, reads, &mut Unwatched);
-        }
-        for (line, out) in out.chunks_exact_mut(head_dim).enumerate() {
-            block.finish(line, out);
-            if let Some(shares) = all.get_mut(index * BLOCK + line) {
-                shares.finish(&block, line, out);
-            }
-        }
+        let run = Run { head_dim, scale, lines, first: index * BLOCK, kv_head, observer };
+        all.extend(run.attend(tiles, out));
     }
     all
+}
+
+/// A block of lines.
+struct Run<'a> {
+    head_dim: usize,
+    scale: f32,
+    lines: &'a [Line<'a>],
+    /// Number of the first line among all.
+    first: usize,
+    kv_head: usize,
+    observer: Option<&'a dyn Observer>,
+}
+
+impl Run<'_> {
+    fn attend(&self, tiles: &impl KeyValueTiles, out: &mut [f32]) -> Vec<Shares> {
+        let last = self.lines.iter().map(|line| line.position / TILE + 1).max().unwrap_or(0);
+        let most = self.lines.iter().map(|line| line.tiles.map_or(last, TileSet::len)).max().unwrap_or(0);
+        // A few lines over a long text are shared by the threads, segment by segment.
+        let (block, mut shares) = if self.lines.len() <= GROUP && most > SEGMENT {
+            let part = |index: usize| self.part(tiles, segment(index));
+            let parts: Vec<(Block, Vec<Shares>)> = (0..last.div_ceil(SEGMENT)).into_par_iter().with_max_len(1).map(part).collect();
+            let (mut block, mut all) = (self.block(), vec![]);
+            for (part, shares) in parts {
+                block.join(&part.into_drawn());
+                all.push(shares);
+            }
+            (block, all)
+        } else {
+            let (block, shares) = self.part(tiles, 0..last);
+            (block, vec![shares])
+        };
+        let mut block = block;
+        block.close();
+        for (line, out) in out.chunks_exact_mut(self.head_dim).enumerate() {
+            block.finish(line, out);
+            let (maximum, sum) = (block.maximum(line), block.sum(line));
+            shares.iter_mut().filter_map(|part| part.get_mut(line)).for_each(|shares| shares.finish(maximum, sum, out));
+        }
+        let mut parts = shares.into_iter();
+        let mut all = parts.next().unwrap_or_default();
+        parts.for_each(|part| all.iter_mut().zip(part).for_each(|(all, part)| all.tiles.extend(part.tiles)));
+        all
+    }
+
+    fn block(&self) -> Block {
+        let mut block = Block::new(self.head_dim);
+        block.clear();
+        self.lines.iter().for_each(|line| block.push(line.query, self.scale, 0, line.position));
+        block
+    }
+
+    /// What the lines draw from the tiles of `within`.
+    fn part(&self, tiles: &impl KeyValueTiles, within: Range<usize>) -> (Block, Vec<Shares>) {
+        let mut block = self.block();
+        let reads = |line: usize, tile: usize| self.lines[line].reads(tile);
+        let Some(observer) = self.observer else {
+            block.attend_chosen(tiles, self.kv_head, within, reads, &mut Unwatched);
+            return (block, vec![]);
+        };
+        let room = |line: &Line<'_>| within.len().min(line.tiles.map_or(line.position / TILE + 1, TileSet::len));
+        let mut shares: Vec<Shares> = self.lines.iter().map(|line| Shares::with_room(room(line), self.head_dim)).collect();
+        let mut ledger = Ledger { observer, first: self.first, tile: None, norms: [0.0; TILE], shares: &mut shares };
+        block.attend_chosen(tiles, self.kv_head, within, reads, &mut ledger);
+        (block, shares)
+    }
 }
 
 #[cfg(test)]
@@ -220,6 +297,17 @@ mod tests {
         let keys: Vec<f32> = uniform(1, TOKENS * HEAD_DIM).iter().map(|x| 3.0 * x).collect();
         cache.append(&keys, &uniform(2, TOKENS * HEAD_DIM));
         cache
+    }
+
+    struct Norms<'a>(&'a TiledKeyValues);
+
+    impl Observer for Norms<'_> {
+        fn squared_norms(&self, tile: usize, norms: &mut [f32; TILE]) {
+            let values = self.0.values(0, tile, &mut []);
+            for (norm, value) in norms.iter_mut().zip(values.chunks(padded(HEAD_DIM))) {
+                *norm = value.iter().map(|x| x * x).sum();
+            }
+        }
     }
 
     fn queries(count: usize) -> Vec<f32> {
@@ -240,9 +328,9 @@ mod tests {
         for tiles in [None, Some(&every)] {
             let lines: Vec<Line<'_>> =
                 q.chunks(HEAD_DIM).enumerate().map(|(row, query)| Line { query, position: first + row, tiles }).collect();
-            for norms in [None, Some(&(|_: usize, norms: &mut [f32; TILE]| norms.fill(1.0)) as &SquaredNorms<'_>)] {
+            for observer in [None, Some(&Norms(&cache) as &dyn Observer)] {
                 let mut out = vec![9.0; q.len()];
-                attend_lines(HEAD_DIM, scale, &lines, &cache, 0, norms, &mut out);
+                attend_lines(HEAD_DIM, scale, &lines, &cache, 0, observer, &mut out);
                 assert!(bits(&out) == bits(&expected));
             }
         }
@@ -285,19 +373,13 @@ mod tests {
     #[test]
     fn shares_add_up() {
         let (cache, q, scale) = (cache(), queries(2), 0.3);
-        let norms = |tile: usize, norms: &mut [f32; TILE]| {
-            let values = cache.values(0, tile, &mut []);
-            for (norm, value) in norms.iter_mut().zip(values.chunks(padded(HEAD_DIM))) {
-                *norm = value.iter().map(|x| x * x).sum();
-            }
-        };
         let tiles: TileSet = [0, 1, 3, 4, 5].into_iter().collect();
         let lines = [
             Line { query: &q[..HEAD_DIM], position: TOKENS - 2, tiles: Some(&tiles) },
             Line { query: &q[HEAD_DIM..], position: TOKENS - 1, tiles: None },
         ];
         let mut out = vec![0.0; q.len()];
-        let all = attend_lines(HEAD_DIM, scale, &lines, &cache, 0, Some(&norms), &mut out);
+        let all = attend_lines(HEAD_DIM, scale, &lines, &cache, 0, Some(&Norms(&cache)), &mut out);
         assert_eq!(all.iter().map(|shares| shares.tiles.len()).collect::<Vec<_>>(), [5, 6]);
         for (shares, out) in all.iter().zip(out.chunks(HEAD_DIM)) {
             let unit = |share: &Share| f64::from(share.maximum - shares.maximum).exp() / f64::from(shares.sum);

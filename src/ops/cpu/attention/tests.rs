@@ -285,3 +285,38 @@ fn truncated_caches_forget() {
     attend_cached(2, 1, 8, inputs.scale, &inputs.q[70 * 16..71 * 16], 70, &cache, &mut out);
     assert_eq!(out, inputs.forward().0[70 * 16..71 * 16]);
 }
+
+#[test]
+fn threads_share_a_long_text_without_a_trace() {
+    let (heads, head_dim, tokens) = (4, 16, 2 * SEGMENT * TILE + 100);
+    let (q, scale) = (uniform(7, 70 * heads * head_dim), 0.9);
+    let mut cache = TiledKeyValues::new(1, head_dim);
+    let (keys, values) = (uniform(8, tokens * head_dim), uniform(9, tokens * head_dim));
+    cache.append(&keys, &values);
+    let first = tokens - 70;
+    let mut together = vec![0.0; q.len()];
+    attend_cached(heads, 1, head_dim, scale, &q, first, &cache, &mut together);
+    let width = heads * head_dim;
+    for row in [0, 35, 69] {
+        let (query, expected) = (&q[row * width..][..width], &together[row * width..][..width]);
+        for threads in [1, 3] {
+            let mut alone = vec![9.0; width];
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| attend_cached(heads, 1, head_dim, scale, query, first + row, &cache, &mut alone));
+            assert_eq!(alone, expected, "row {row} on {threads} threads");
+        }
+        let lines: Vec<Line<'_>> = query.chunks(head_dim).map(|query| Line { query, position: first + row, tiles: None }).collect();
+        let mut chosen = vec![9.0; width];
+        attend_lines(head_dim, scale, &lines, &cache, 0, None, &mut chosen);
+        assert_eq!(chosen, expected);
+    }
+    // In f64, for the last row's first head.
+    let query = &q[69 * width..][..head_dim];
+    let dot = |key: &[f32]| query.iter().zip(key).map(|(q, k)| f64::from(q * scale) * f64::from(*k)).sum::<f64>();
+    let weights: Vec<f64> = keys.chunks(head_dim).map(|key| dot(key).exp()).collect();
+    let sum: f64 = weights.iter().sum();
+    for (channel, out) in together[69 * width..][..head_dim].iter().enumerate() {
+        let exact: f64 = weights.iter().zip(values.chunks(head_dim)).map(|(w, value)| w * f64::from(value[channel])).sum::<f64>() / sum;
+        assert!((f64::from(*out) - exact).abs() < 1e-6, "{out} {exact}");
+    }
+}

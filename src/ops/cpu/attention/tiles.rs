@@ -2,8 +2,10 @@
 //!
 //! A key tile is transposed, [head_dim, 64], so that scores of 64 keys come side by side; a value tile is [64, padded head_dim].
 
+use super::product::{Product, Target};
 use crate::multiversion;
 use crate::ops::cpu::reduce::LANES;
+use std::ops::Range;
 
 /// Positions per tile. Tiles start at multiples of it, counted from the start of the sequence.
 pub const TILE: usize = 64;
@@ -33,6 +35,74 @@ pub trait KeyValueTiles: Sync {
 
     /// Values of one tile, [64, padded head_dim]; what pads a row is finite and unused.
     fn values<'a>(&'a self, kv_head: usize, tile: usize, scratch: &'a mut [f32]) -> &'a [f32];
+
+    /// Whether scores with a tile always come from [`score`](Self::score), because the source has an arithmetic of its own for them.
+    fn scores_itself(&self, kv_head: usize, tile: usize) -> bool {
+        let _ = (kv_head, tile);
+        false
+    }
+
+    /// Scores of a few queries, [rows, head_dim], with the 64 keys of a tile; overwrites `scores`, [rows, 64]. Unless the source
+    /// [scores itself](Self::scores_itself), bit for bit what multiplying with [`keys`](Self::keys) gives: it only may skip writing them out.
+    fn score(&self, visit: Visit, queries: &[f32], scores: &mut [f32], scratch: &mut [f32]) {
+        score_decoded(self, visit, queries, scores, scratch);
+    }
+
+    /// Adds the values of `tokens` of a tile, times `weights`, [rows, 64], to `outputs`, [rows, padded head_dim]. Bit for bit what
+    /// multiplying with [`values`](Self::values) gives.
+    fn mix(&self, visit: Visit, weights: &[f32], tokens: Range<usize>, outputs: &mut [f32], scratch: &mut [f32]) {
+        mix_decoded(self, visit, weights, tokens, outputs, scratch);
+    }
+}
+
+/// A tile that a few lines read, on their way through a sequence.
+#[derive(Clone, Copy, Debug)]
+pub struct Visit {
+    pub kv_head: usize,
+    pub tile: usize,
+    /// The tile that they read next: its memory can be asked for.
+    pub next: Option<usize>,
+    /// Number of lines.
+    pub rows: usize,
+}
+
+/// [`KeyValueTiles::score`] by way of floats.
+pub fn score_decoded(tiles: &(impl KeyValueTiles + ?Sized), visit: Visit, queries: &[f32], scores: &mut [f32], scratch: &mut [f32]) {
+    let head_dim = queries.len() / visit.rows;
+    let product = Product {
+        rows: visit.rows,
+        steps: head_dim,
+        columns: TILE,
+        a: queries,
+        a_row_stride: head_dim,
+        a_step_stride: 1,
+        b: tiles.keys(visit.kv_head, visit.tile, scratch),
+        b_stride: TILE,
+    };
+    product.run(Target { c: scores, stride: TILE, accumulate: false });
+}
+
+/// [`KeyValueTiles::mix`] by way of floats.
+pub fn mix_decoded(
+    tiles: &(impl KeyValueTiles + ?Sized),
+    visit: Visit,
+    weights: &[f32],
+    tokens: Range<usize>,
+    outputs: &mut [f32],
+    scratch: &mut [f32],
+) {
+    let width = outputs.len() / visit.rows;
+    let product = Product {
+        rows: visit.rows,
+        steps: tokens.len(),
+        columns: width,
+        a: &weights[tokens.start..],
+        a_row_stride: TILE,
+        a_step_stride: 1,
+        b: &tiles.values(visit.kv_head, visit.tile, scratch)[tokens.start * width..],
+        b_stride: width,
+    };
+    product.run(Target { c: outputs, stride: width, accumulate: true });
 }
 
 /// Writes one key into its place in a key tile. `slot` is its position modulo [`TILE`].
