@@ -38,6 +38,9 @@ pub trait PageTable {
 
     /// For every head of the group an upper bound of its scores `q.k / sqrt(head_dim)` with the keys of a page.
     fn score_bounds(&self, page: usize, query: &GroupQuery<'_>, bounds: &mut [f32]);
+
+    /// For every head of the group how large the largest of these scores is likely to be.
+    fn score_estimates(&self, page: usize, query: &GroupQuery<'_>, estimates: &mut [f32]);
 }
 
 /// A decision about pages.
@@ -50,6 +53,11 @@ pub trait Policy {
 
     /// Whether it asks for score bounds.
     fn needs_bounds(&self) -> bool {
+        false
+    }
+
+    /// Whether it asks for score estimates.
+    fn needs_estimates(&self) -> bool {
         false
     }
 
@@ -164,6 +172,10 @@ pub(crate) mod testing {
 
         fn score_bounds(&self, page: usize, _: &GroupQuery<'_>, bounds: &mut [f32]) {
             bounds.copy_from_slice(&self.0[page]);
+        }
+
+        fn score_estimates(&self, page: usize, _: &GroupQuery<'_>, estimates: &mut [f32]) {
+            estimates.copy_from_slice(&self.0[page]);
         }
     }
 }

@@ -1,20 +1,24 @@
-//! The pages that could hold the most weight. As in InfLLM-V2 (arXiv:2509.24663) the first page and the latest ones are always read, the
-//! rest are ranked by their share of a softmax over pages, and the heads of a group add up their shares. The softmax is over the upper
-//! bounds of the scores instead of pooled keys, so what is left out is exactly what the bound on unread weight charges least for.
+//! The pages that most likely hold the largest scores. As in InfLLM-V2 (arXiv:2509.24663) the first page and the latest ones are always
+//! read. The others are named by the heads of the group in turn, each by its own order: added up, shares of a softmax let one head that is
+//! sure of itself crowd out the second choice of another. The order is by estimates from boxes around 16 keys; where a text has many more
+//! pages than are read, only those are estimated that some head puts first by the bounds of whole pages.
 
-use super::{GroupQuery, PageTable, Policy, take_largest};
+use super::{GroupQuery, PageTable, Policy};
 use crate::error::Error;
-use crate::multiversion;
 use crate::ops::cpu::attention::TileSet;
-use crate::ops::cpu::math::exp;
-use crate::ops::cpu::reduce;
 use std::fmt;
 use std::str::FromStr;
+
+/// Pages that a share of them is at least: 512 tokens. Below that nothing is gained by reading less.
+const FEWEST: usize = 8;
+
+/// Pages that are estimated per head and page that is read.
+const CANDIDATES: usize = 4;
 
 /// How much is read.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Budget {
-    /// This share of the pages before the query's own, rounded up.
+    /// This share of the pages before the query's own, rounded up, and no fewer than 8.
     Share(f64),
     /// So many pages, however long the text.
     Pages(usize),
@@ -65,44 +69,79 @@ impl Policy for TopK {
         true
     }
 
+    fn needs_estimates(&self) -> bool {
+        true
+    }
+
     fn pages(&self, query: &GroupQuery<'_>, table: &dyn PageTable) -> TileSet {
         let pages = table.num_pages();
         let budget = match self.budget {
-            Budget::Share(share) => (share * pages as f64).ceil() as usize,
+            Budget::Share(share) => ((share * pages as f64).ceil() as usize).max(FEWEST),
             Budget::Pages(pages) => pages,
         };
-        let mut chosen: TileSet = (0..self.first.min(pages)).chain(pages.saturating_sub(self.local)..pages).collect();
         if budget >= pages {
             return TileSet::below(pages);
         }
+        let mut chosen: TileSet = (0..self.first.min(pages)).chain(pages.saturating_sub(self.local)..pages).collect();
         if budget > chosen.len() {
-            take_largest(&shares(query, table), budget - chosen.len(), &mut chosen);
+            let candidates = candidates(query, table, CANDIDATES * budget);
+            let estimates = scores(query, &candidates, |page, estimates| table.score_estimates(page, query, estimates));
+            let places = places(&estimates, query.heads().len(), budget);
+            let mut order: Vec<usize> = (0..candidates.len()).collect();
+            order.sort_by_key(|&candidate| places[candidate]);
+            for candidate in order {
+                if chosen.len() == budget {
+                    break;
+                }
+                chosen.insert(candidates[candidate]);
+            }
         }
         chosen
     }
 }
 
-/// Every page's share of each head's softmax over the pages' bounds, added up over the heads.
-fn shares(query: &GroupQuery<'_>, table: &dyn PageTable) -> Vec<f64> {
-    let (heads, pages) = (query.heads().len(), table.num_pages());
-    let mut bounds = vec![0.0; heads * pages];
-    bounds.chunks_exact_mut(heads).enumerate().for_each(|(page, bounds)| table.score_bounds(page, query, bounds));
-    let (mut shares, mut weights) = (vec![0.0; pages], vec![0.0; pages]);
-    for head in 0..heads {
-        weights.iter_mut().zip(bounds.iter().skip(head).step_by(heads)).for_each(|(weight, bound)| *weight = *bound);
-        add_shares(&mut weights, &mut shares);
+/// Pages among the `most` with the largest bounds of some head.
+fn candidates(query: &GroupQuery<'_>, table: &dyn PageTable, most: usize) -> Vec<usize> {
+    let all: Vec<usize> = (0..table.num_pages()).collect();
+    if all.len() <= most {
+        return all;
     }
-    shares
+    let bounds = scores(query, &all, |page, bounds| table.score_bounds(page, query, bounds));
+    let places = places(&bounds, query.heads().len(), most);
+    all.into_iter().filter(|page| places[*page] < most).collect()
 }
 
-multiversion! {
-    /// Adds the softmax of `bounds`, which are overwritten.
-    fn add_shares(bounds: &mut [f32], shares: &mut [f64]) {
-        let largest = reduce::max(bounds);
-        bounds.iter_mut().for_each(|bound| *bound = exp(*bound - largest));
-        let factor = 1.0 / f64::from(reduce::sum(bounds));
-        shares.iter_mut().zip(bounds).for_each(|(share, weight)| *share += f64::from(*weight) * factor);
+/// `[pages, heads]`
+fn scores(query: &GroupQuery<'_>, pages: &[usize], mut score: impl FnMut(usize, &mut [f32])) -> Vec<f32> {
+    let heads = query.heads().len();
+    let mut scores = vec![0.0; heads * pages.len()];
+    pages.iter().zip(scores.chunks_exact_mut(heads)).for_each(|(page, scores)| score(*page, scores));
+    scores
+}
+
+/// The best place that each page has in the order of a head, from 0, where that is below `count`; the earlier page comes first among
+/// equals, and what is not a number before all others: nothing is known of it.
+fn places(scores: &[f32], heads: usize, count: usize) -> Vec<usize> {
+    let pages = scores.len() / heads;
+    let mut places = vec![usize::MAX; pages];
+    let mut order: Vec<usize> = Vec::with_capacity(pages);
+    for head in 0..heads {
+        let score = |page: usize| {
+            let score = scores[page * heads + head];
+            // Adding zero makes both zeros equal.
+            if score.is_nan() { f32::INFINITY } else { score + 0.0 }
+        };
+        let largest_first = |a: &usize, b: &usize| score(*b).total_cmp(&score(*a)).then(a.cmp(b));
+        order.clear();
+        order.extend(0..pages);
+        if count < pages {
+            order.select_nth_unstable_by(count, largest_first);
+            order.truncate(count);
+        }
+        order.sort_unstable_by(largest_first);
+        order.iter().enumerate().for_each(|(place, page)| places[*page] = places[*page].min(place));
     }
+    places
 }
 
 #[cfg(test)]
@@ -124,13 +163,50 @@ mod tests {
     }
 
     #[test]
-    fn shares_are_compared_across_heads() {
-        let policy = TopK { budget: Budget::Pages(1), first: 0, local: 0 };
-        // The first head is sure of page 2; the second spreads over the others, though its scores are larger.
-        assert_eq!(chosen(policy, &[[0.0, 50.0], [0.0, 50.0], [20.0, 49.0]]), [2]);
+    fn heads_name_pages_in_turn() {
+        let policy = |pages| TopK { budget: Budget::Pages(pages), first: 0, local: 0 };
+        // The first head is sure of page 2, then 3; the second spreads over all, though its scores are larger.
+        let bounds = [[0.0, 50.0], [0.0, 49.0], [20.0, 48.0], [15.0, 47.0], [1.0, 46.0]];
+        assert_eq!(chosen(policy(1), &bounds), [0]);
+        assert_eq!(chosen(policy(2), &bounds), [0, 2]);
+        assert_eq!(chosen(policy(3), &bounds), [0, 1, 2]);
+        assert_eq!(chosen(policy(4), &bounds), [0, 1, 2, 3]);
+        // What is not known is read.
+        assert_eq!(chosen(policy(1), &[[0.0, 1.0], [0.0, 1.0], [f32::NAN, 0.0]]), [0]);
+        assert_eq!(chosen(policy(2), &[[0.0, 1.0], [0.0, 1.0], [f32::NAN, 0.0]]), [0, 2]);
+    }
+
+    #[test]
+    fn shares_have_a_least() {
         let share = TopK { budget: Budget::Share(0.25), first: 1, local: 1 };
-        let bounds: Vec<[f32; 2]> = (0..12).map(|page| [page as f32 % 7.0; 2]).collect();
-        assert_eq!(chosen(share, &bounds), [0, 6, 11]);
-        assert_eq!(chosen(TopK { budget: Budget::Pages(12), ..share }, &bounds).len(), 12);
+        let bounds: Vec<[f32; 2]> = (0..40).map(|page| [page as f32 % 7.0; 2]).collect();
+        assert_eq!(chosen(share, &bounds), [0, 5, 6, 12, 13, 19, 20, 27, 34, 39]);
+        assert_eq!(chosen(share, &bounds[..8]).len(), 8);
+        assert_eq!(chosen(share, &bounds[..9]), [0, 2, 3, 4, 5, 6, 7, 8]);
+        assert_eq!(chosen(TopK { budget: Budget::Pages(12), ..share }, &bounds[..12]).len(), 12);
+    }
+
+    #[test]
+    fn only_promising_pages_are_estimated() {
+        /// Bounds that rank page p above page p + 1, and estimates that say the opposite.
+        struct Opposite;
+
+        impl PageTable for Opposite {
+            fn num_pages(&self) -> usize {
+                100
+            }
+
+            fn score_bounds(&self, page: usize, _: &GroupQuery<'_>, bounds: &mut [f32]) {
+                bounds.fill(-(page as f32));
+            }
+
+            fn score_estimates(&self, page: usize, _: &GroupQuery<'_>, estimates: &mut [f32]) {
+                estimates.fill(page as f32);
+            }
+        }
+
+        let query = GroupQuery { queries: &[0.0; 2], head_dim: 1 };
+        let policy = TopK { budget: Budget::Pages(5), first: 1, local: 1 };
+        assert_eq!(policy.pages(&query, &Opposite).iter().collect::<Vec<_>>(), [0, 17, 18, 19, 99]);
     }
 }

@@ -2,6 +2,7 @@
 //! a further format is one more implementation of [`Store`].
 
 mod assess;
+mod boxes;
 pub mod certificate;
 pub mod codec;
 mod far;

@@ -3,6 +3,7 @@
 //! Page p is coded when the first token of page p + 1 arrives. A query at position t sees the pages before t / 64 as they are coded and
 //! its own page as halves, however the text is cut into calls.
 
+use super::boxes::{RUN, largest_products, push_box, raise_estimates};
 use super::codec::{Certificate, Codec, Probe};
 use super::far::FarTier;
 use crate::error::{Error, Result};
@@ -10,7 +11,6 @@ use crate::infer::attention::{GroupQuery, PageTable};
 use crate::multiversion;
 use crate::ops::cpu::attention::{KeyValueTiles, Line, Observer, ScoreError, TILE, TileSet, Visit, mix_decoded, score_decoded};
 use crate::ops::cpu::prefetch::prefetch;
-use crate::ops::cpu::reduce::{self, LANES};
 use crate::ops::cpu::scratch::Scratch;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
@@ -38,6 +38,8 @@ pub(super) struct Kept {
     pub(super) norms: bool,
     /// Boxes around the keys, for policies that rank pages and certificates of pages left out.
     pub(super) boxes: bool,
+    /// Boxes around runs of keys, for policies that estimate.
+    pub(super) runs: bool,
 }
 
 /// A factor above 1 that covers the rounding of a norm.
@@ -57,6 +59,8 @@ pub(super) struct Pages {
     /// At most the least and at least the largest key per channel, `[page, kv_head, 2, head_dim]`: apart from the pages, because policies
     /// read the boxes of all of them.
     boxes: Vec<f16>,
+    /// The same of the originals in runs, `[page, kv_head, 64 / RUN, 2, head_dim]`.
+    runs: Vec<f16>,
     /// Squared norms of the original values, rounded up, `[page, kv_head, 64]`.
     squared_norms: Vec<f32>,
     full: usize,
@@ -73,6 +77,7 @@ impl Pages {
             near: vec![],
             facts: vec![],
             boxes: vec![],
+            runs: vec![],
             squared_norms: vec![],
             full: 0,
         }
@@ -146,6 +151,9 @@ impl Pages {
         if self.kept.boxes {
             self.keep_box(kv_head, &keys);
         }
+        if self.kept.runs {
+            keys.chunks_exact(RUN * self.head_dim).for_each(|run| push_box(run, self.head_dim, &mut self.runs));
+        }
         self.facts.push(facts);
     }
 
@@ -161,12 +169,7 @@ impl Pages {
             self.boxes.extend(high.iter().map(|high| half_up(*high)));
             return;
         }
-        let mut channel = |pick: fn(f16, f16) -> f16| {
-            let least = |channel: usize| keys.iter().skip(channel).step_by(head_dim).copied().reduce(pick).unwrap_or_default();
-            self.boxes.extend((0..head_dim).map(least));
-        };
-        channel(|a, b| if b < a || b.is_nan() { b } else { a });
-        channel(|a, b| if b > a || b.is_nan() { b } else { a });
+        push_box(keys, head_dim, &mut self.boxes);
     }
 
     pub(super) fn truncate(&mut self, positions: usize) {
@@ -180,6 +183,7 @@ impl Pages {
                 self.near.truncate(pages * codec.page_bytes());
             }
             self.boxes.truncate(pages * 2 * self.head_dim);
+            self.runs.truncate(pages * self.page_runs());
         }
     }
 
@@ -194,6 +198,11 @@ impl Pages {
 
     fn stored_box(&self, kv_head: usize, page: usize) -> &[f16] {
         &self.boxes[(page * self.kv_heads + kv_head) * 2 * self.head_dim..][..2 * self.head_dim]
+    }
+
+    /// Halves of the boxes of one page's runs.
+    fn page_runs(&self) -> usize {
+        TILE / RUN * 2 * self.head_dim
     }
 
     /// Checks the originals of a page before they are used.
@@ -353,23 +362,16 @@ impl PageTable for Before<'_> {
         let (low, high) = corners.split_at(head_dim);
         largest_products(query.queries, low, high, 1.0 / (head_dim as f32).sqrt(), bounds);
     }
-}
 
-multiversion! {
-    /// Largest product of each query with a vector from the box `low..high`, times `scale`.
-    fn largest_products(queries: &[f32], low: &[f32], high: &[f32], scale: f32, bounds: &mut [f32]) {
-        for (query, bound) in queries.chunks_exact(low.len()).zip(bounds) {
-            let mut lanes = [0.0f32; LANES];
-            let (queries, rest) = query.as_chunks::<LANES>();
-            let ((lows, low_rest), (highs, high_rest)) = (low.as_chunks::<LANES>(), high.as_chunks::<LANES>());
-            for ((query, low), high) in queries.iter().zip(lows).zip(highs) {
-                for lane in 0..LANES {
-                    lanes[lane] += reduce::larger(query[lane] * low[lane], query[lane] * high[lane]);
-                }
-            }
-            let rest = rest.iter().zip(low_rest).zip(high_rest);
-            rest.zip(&mut lanes).for_each(|(((query, low), high), lane)| *lane += reduce::larger(query * low, query * high));
-            *bound = reduce::join(lanes, |a, b| a + b) * scale;
+    fn score_estimates(&self, page: usize, query: &GroupQuery<'_>, estimates: &mut [f32]) {
+        let (head_dim, width) = (self.pages.head_dim, self.pages.page_runs());
+        let mut corners = Scratch::take(2 * head_dim);
+        estimates.fill(f32::NEG_INFINITY);
+        for run in self.pages.runs[(page * self.pages.kv_heads + self.kv_head) * width..][..width].chunks_exact(2 * head_dim) {
+            run.convert_to_f32_slice(&mut corners);
+            let (low, high) = corners.split_at_mut(head_dim);
+            low.iter_mut().zip(high.iter_mut()).for_each(|(low, high)| (*low, *high) = ((*low + *high) * 0.5, (*high - *low) * 0.5));
+            raise_estimates(query.queries, low, high, 1.0 / (head_dim as f32).sqrt(), estimates);
         }
     }
 }

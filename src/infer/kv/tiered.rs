@@ -39,7 +39,11 @@ impl TieredStore {
     pub(super) fn new(options: &Options, layer: usize, codec: Option<Box<dyn Codec>>, kv_heads: usize, head_dim: usize) -> Self {
         let attention = Some(options.attention).filter(|attention| !attention.policy().is_dense_in(layer));
         let needs_bounds = attention.is_some_and(|attention| attention.policy().needs_bounds());
-        let kept = Kept { norms: options.certifies(), boxes: needs_bounds || (attention.is_some() && options.certifies()) };
+        let kept = Kept {
+            norms: options.certifies(),
+            boxes: needs_bounds || (attention.is_some() && options.certifies()),
+            runs: attention.is_some_and(|attention| attention.policy().needs_estimates()),
+        };
         Self {
             pages: Pages::new(codec, kept, kv_heads, head_dim),
             options: *options,

@@ -256,7 +256,7 @@ fn bounds_hold_every_score_of_a_page() {
     let text = Text::new(13, 5 * TILE);
     for format in paged() {
         let codec = if let Format::Coded(name) = format { Some(super::super::codec::codec(name, HEAD_DIM).unwrap()) } else { None };
-        let mut pages = Pages::new(codec, Kept { norms: true, boxes: true }, KV_HEADS, HEAD_DIM);
+        let mut pages = Pages::new(codec, Kept { norms: true, boxes: true, runs: true }, KV_HEADS, HEAD_DIM);
         pages.append(&text.keys, &text.values);
         for (row, kv_head, page) in [(300, 0, 0), (310, 1, 3), (319, 1, 1)] {
             let queries = &text.queries[(row * HEADS + kv_head * 2) * HEAD_DIM..][..2 * HEAD_DIM];
