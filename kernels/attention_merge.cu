@@ -11,8 +11,8 @@
 //   norm(O - Ohat) <= (1/W_low) [ value_term + sum_p sqrt(key_squares_p S_p) ],
 //   S_p = norm_squares_p - 2 Ohat . o_p + rho_p norm(Ohat)^2.
 // The meter, no bound: errors of scores and values as independent with known variances give
-//   E norm(O - Ohat)^2 = sum_t u_t^2 [v_b norm(vhat_t - Ohat)^2 + e_b], here with norm(vhat_t)^2 + norm(Ohat)^2 for the square of the
-// difference: no vector of its own is carried for the mixed term -2 vhat_t . Ohat, which is negative where values point along the output.
+//   E norm(O - Ohat)^2 = sum_t u_t^2 [v_b norm(vhat_t - Ohat)^2 + e_b], here as if distances were independent of weights within a part:
+//   sum_p [ S_p / rho_p sum_{t in p} u_t^2 v_b + sum_{t in p} u_t^2 e_b ].
 // Nothing was rounded away from pages that are exact: when all are, Delta and eta are 0 and so is the bound.
 
 #include "numbers.cuh"
@@ -34,6 +34,7 @@ extern "C" __global__ void __launch_bounds__(128)
     SHARED_ARRAY(float, merged, 256);
     SHARED_ARRAY(float, shared, 32);
     SHARED_ARRAY(float, terms, MAX_SPLITS);
+    SHARED_ARRAY(float, meters, MAX_SPLITS);
     const uint32_t floats = PARTIAL_HEAD + width;
     const float *parts = partials + (size_t)blockIdx.x * splits * floats;
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -48,7 +49,7 @@ extern "C" __global__ void __launch_bounds__(128)
     __syncthreads();
 
     // The scalars, each thread for itself and in one order; then the output, a thread per channel.
-    float mass = 0, norm_squares = 0, mass_low = 0, value_term = 0, meter = 0, meter_mass = 0;
+    float mass = 0, norm_squares = 0, mass_low = 0, value_term = 0, meter = 0;
     for (uint32_t split = 0; split < splits; split++) {
         float factor = factors[split];
         mass = fmaf(factor, parts[split * floats + 1], mass);
@@ -56,7 +57,6 @@ extern "C" __global__ void __launch_bounds__(128)
         mass_low = fmaf(factor, parts[split * floats + 3], mass_low);
         value_term = fmaf(factor, parts[split * floats + 4], value_term);
         meter = fmaf(factor * factor, parts[split * floats + 6], meter);
-        meter_mass = fmaf(factor * factor, parts[split * floats + 7], meter_mass);
     }
     float inverse = mass > 0 ? 1.0f / mass : 0.0f, squares = 0;
     for (uint32_t c = threadIdx.x; c < width; c += blockDim.x) {
@@ -81,13 +81,19 @@ extern "C" __global__ void __launch_bounds__(128)
         product = warp_sum(product);
         sizes = warp_sum(sizes);
         float total = part[2] + part[1] * squares;
-        float dispersion = fmaxf(total - 2 * product, 0.0f) + DISPERSION_ROUNDING * (total + 2 * sizes);
-        if (lane == 0) terms[split] = factors[split] * sqrtf(part[5] * dispersion);
+        float likely = fmaxf(total - 2 * product, 0.0f), dispersion = likely + DISPERSION_ROUNDING * (total + 2 * sizes);
+        if (lane == 0) {
+            terms[split] = factors[split] * sqrtf(part[5] * dispersion);
+            meters[split] = part[1] > 0 ? factors[split] * factors[split] * part[7] * likely / part[1] : 0.0f;
+        }
     }
     __syncthreads();
     if (threadIdx.x != 0) return;
     float key_term = 0;
-    for (uint32_t split = 0; split < splits; split++) key_term += terms[split];
+    for (uint32_t split = 0; split < splits; split++) {
+        key_term += terms[split];
+        meter += meters[split];
+    }
     float bound = mass_low > 0 ? (value_term + key_term) / mass_low * (1.0f + 1e-4f) : 0.0f;
     // Both this output and the exact one it is compared with were summed in f32.
     if (bound > 0) bound += SUM_ROUNDING * sqrtf(norm_squares * inverse);
@@ -100,7 +106,7 @@ extern "C" __global__ void __launch_bounds__(128)
     summary[5] = value_term;
     summary[6] = key_term;
     summary[7] = 0;
-    summary[8] = sqrtf(fmaf(meter_mass, squares, meter)) * inverse;
+    summary[8] = sqrtf(meter) * inverse;
     summary[9] = summary[10] = summary[11] = 0;
 }
 KERNEL(attention_merge);

@@ -1,5 +1,6 @@
 //! `osprey doctor`.
 
+mod baseline;
 mod gpu;
 
 use super::arguments::Report;
