@@ -22,12 +22,36 @@ pub(super) struct Findings {
     speeds: Vec<Measurement>,
     /// One token's attention over FP16 caches.
     pytorch: Baseline,
+    /// What ended the examination before its time.
+    failure: Option<String>,
 }
 
 impl Findings {
     pub(super) fn is_sound(&self) -> bool {
-        self.agreements.iter().all(Agreement::is_sound)
+        self.failure.is_none() && self.agreements.iter().all(Agreement::is_sound)
     }
+
+    /// Takes in what a check found; a failure ends all that follows, as a device that failed once stays so.
+    fn check(&mut self, what: &str, printer: &Printer, check: impl FnOnce() -> Result<Vec<Agreement>>) {
+        if self.failure.is_some() {
+            return;
+        }
+        printer.note(format!("checking {what}"));
+        match check() {
+            Ok(found) => found.into_iter().for_each(|one| match self.agreements.iter_mut().find(|known| known.kernel == one.kernel) {
+                Some(known) => known.merge(&one),
+                None => self.agreements.push(one),
+            }),
+            Err(error) => self.failure = Some(format!("{what}: {error}")),
+        }
+    }
+}
+
+/// What to examine, and how far.
+struct Examination<'a> {
+    cases: &'a [AttentionCase],
+    /// Nothing is timed when absent.
+    sizes: Option<&'a Sizes>,
 }
 
 /// What is known of GPUs here.
@@ -37,15 +61,13 @@ pub(super) enum Presence {
     Absent(String),
 }
 
-/// Examines the first GPU, when there is one.
-///
-/// # Errors
-/// When it is there but fails.
-pub(super) fn examine_first() -> Result<Presence> {
+/// Examines the first GPU, when there is one; without timing anything where only checks are asked for.
+pub(super) fn examine_first(checks_only: bool, printer: &Printer) -> Result<Presence> {
     match Cuda::new(0) {
         Ok(device) => {
             let (sizes, cases) = (Sizes::full(), [&SMALL[..], &LARGE].concat());
-            Ok(Presence::Found(Box::new(examine(&device, &sizes, &cases, || baseline::measure("python3", &sizes))?)))
+            let examination = Examination { cases: &cases, sizes: (!checks_only).then_some(&sizes) };
+            Ok(Presence::Found(Box::new(examine(&device, &examination, printer, || baseline::measure("python3", &sizes))?)))
         }
         Err(error) => Ok(Presence::Absent(match error.hint() {
             Some(hint) => format!("{error} ({hint})"),
@@ -54,16 +76,40 @@ pub(super) fn examine_first() -> Result<Presence> {
     }
 }
 
-fn examine<D: Device>(device: &D, sizes: &Sizes, cases: &[AttentionCase], baseline: impl FnOnce() -> Baseline) -> Result<Findings> {
+fn examine<D: Device>(
+    device: &D,
+    examination: &Examination<'_>,
+    printer: &Printer,
+    baseline: impl FnOnce() -> Baseline,
+) -> Result<Findings> {
     let (free_bytes, memory_bytes) = device.room()?;
-    let mut agreements = model_kernels(device)?;
-    agreements.extend(attention_kernels(device, cases)?);
-    let is_sound = agreements.iter().all(Agreement::is_sound);
+    let mut found = Findings {
+        device: device.describe(),
+        multiprocessors: device.multiprocessors(),
+        memory_bytes,
+        free_bytes,
+        agreements: vec![],
+        speeds: vec![],
+        pytorch: Baseline::Absent { absent: "nothing was timed".to_owned() },
+        failure: None,
+    };
+    for (what, check) in model_kernels() {
+        found.check(what, printer, || check(device));
+    }
+    for case @ (shape, tokens) in examination.cases {
+        let what = format!("attention of {} heads over {} of width {}, {tokens} tokens", shape.heads(), shape.kv_heads, shape.head_dim);
+        found.check(&what, printer, || attention_kernels(device, std::slice::from_ref(case)));
+    }
+    let Some(sizes) = examination.sizes.filter(|_| found.is_sound()) else { return Ok(found) };
     // Before ours: then the memory is still free.
-    let pytorch = if is_sound { baseline() } else { Baseline::Absent { absent: "a kernel is wrong".to_owned() } };
-    let speeds = if is_sound { measure(device, sizes)? } else { vec![] };
-    let (device, multiprocessors) = (device.describe(), device.multiprocessors());
-    Ok(Findings { device, multiprocessors, memory_bytes, free_bytes, agreements, speeds, pytorch })
+    printer.note("timing PyTorch");
+    found.pytorch = baseline();
+    let timed = measure(device, sizes, |one| {
+        printer.note(format!("{}, {}: {:.1} us", one.kernel, one.shape, one.microseconds));
+        found.speeds.push(one);
+    });
+    found.failure = timed.err().map(|error| format!("timing: {error}"));
+    Ok(found)
 }
 
 /// Prints the findings; figures as a table in Markdown.
@@ -89,6 +135,9 @@ pub(super) fn show(findings: &Findings, printer: &Printer) -> Result<()> {
     let rows: Vec<_> = findings.agreements.iter().map(row).collect();
     printer.table(&["kernel against the CPU", "cases", "error", "at most", ""], &rows)?;
     markdown(&findings.speeds).iter().try_for_each(|line| printer.data(line))?;
+    if let Some(failure) = &findings.failure {
+        printer.data(format!("FAILED            {failure}"))?;
+    }
     match &findings.pytorch {
         Baseline::Measured(found) => {
             printer.data(format!("SDPA              PyTorch {} on {}, FP16, the fastest way it has", found.torch, found.device))?
@@ -169,7 +218,9 @@ mod tests {
             Sizes { copy_bytes: 1 << 12, outputs: 8, inputs: 64, rows: 64, shape, contexts: vec![128], cold_bytes: 0, seconds: 0.0 };
         let rows = vec![baseline::Row { context: 128, how: "flash".to_owned(), microseconds: 5.0 }];
         let pytorch = || Baseline::Measured(baseline::Measured { torch: "2".to_owned(), device: "G".to_owned(), rows });
-        let findings = examine(&device.in_order(Order::Reverse), &sizes, &SMALL[..1], pytorch).unwrap();
+        let (device, printer) = (device.in_order(Order::Reverse), Printer::new(true));
+        let examination = Examination { cases: &SMALL[..1], sizes: Some(&sizes) };
+        let findings = examine(&device, &examination, &printer, pytorch).unwrap();
         assert!(findings.is_sound() && findings.agreements.len() >= 15);
         let table = decode_markdown(&findings.speeds, &findings.pytorch);
         assert!(table.len() == 8 && table[2..].iter().all(|line| line.contains("(flash)") && line.ends_with("x |")), "{table:?}");
@@ -179,6 +230,17 @@ mod tests {
         assert_eq!(lines.len(), 2 + findings.speeds.len());
         assert!(lines.iter().all(|line| line.matches('|').count() == 7), "{lines:?}");
         assert!(markdown(&[]).is_empty());
+    }
+
+    #[test]
+    fn a_failure_ends_the_examination_and_is_told() {
+        let Some(device) = Emulated::new() else { return };
+        let (device, printer) = (device.in_order(Order::Forward), Printer::new(true));
+        // Wider than any kernel.
+        let cases = [(Shape { kv_heads: 1, group: 1, head_dim: 300 }, 64), SMALL[0]];
+        let findings = examine(&device, &Examination { cases: &cases, sizes: None }, &printer, || unreachable!()).unwrap();
+        assert!(!findings.is_sound() && findings.failure.unwrap().contains("300"));
+        assert!(findings.agreements.len() >= 8 && findings.speeds.is_empty());
     }
 
     #[test]

@@ -67,31 +67,30 @@ pub struct Measurement {
     pub of_copy: f64,
 }
 
-/// All figures, the copy first.
+/// All figures, the copy first, given to `take` as they come.
 ///
 /// # Errors
 /// When the device fails or has no room.
-pub fn measure<D: Device>(device: &D, sizes: &Sizes) -> Result<Vec<Measurement>> {
-    let mut bench = Bench { device, sizes, copy: f64::INFINITY, found: vec![] };
+pub fn measure<D: Device>(device: &D, sizes: &Sizes, take: impl FnMut(Measurement)) -> Result<()> {
+    let mut bench = Bench { device, sizes, copy: f64::INFINITY, take };
     bench.copy()?;
-    bench.products()?;
-    bench.norm()?;
     for &context in &sizes.contexts {
         bench.attention(context)?;
     }
     bench.prompt()?;
-    Ok(bench.found)
+    bench.products()?;
+    bench.norm()
 }
 
-struct Bench<'a, D: Device> {
+struct Bench<'a, D: Device, T> {
     device: &'a D,
     sizes: &'a Sizes,
     /// Bytes per second of a copy, read and written.
     copy: f64,
-    found: Vec<Measurement>,
+    take: T,
 }
 
-impl<D: Device> Bench<'_, D> {
+impl<D: Device, T: FnMut(Measurement)> Bench<'_, D, T> {
     /// Seconds of one call of `work`.
     fn time(&self, mut work: impl FnMut() -> Result<()>) -> Result<f64> {
         work()?;
@@ -110,11 +109,19 @@ impl<D: Device> Bench<'_, D> {
     }
 
     fn note(&mut self, kernel: &str, shape: String, seconds: f64, bytes: usize, flops: usize) {
+        self.note_measurement(kernel, shape, None, seconds, bytes, flops);
+    }
+
+    fn note_context(&mut self, kernel: String, context: usize, seconds: f64, bytes: usize, flops: usize) {
+        self.note_measurement(&kernel, format!("{context} tokens"), Some(context), seconds, bytes, flops);
+    }
+
+    fn note_measurement(&mut self, kernel: &str, shape: String, context: Option<usize>, seconds: f64, bytes: usize, flops: usize) {
         let rate = bytes as f64 / seconds;
-        self.found.push(Measurement {
+        (self.take)(Measurement {
             kernel: kernel.to_owned(),
             shape,
-            context: None,
+            context,
             microseconds: seconds * 1e6,
             gbytes_per_second: rate / 1e9,
             tflops: flops as f64 / seconds / 1e12,
@@ -174,7 +181,7 @@ impl<D: Device> Bench<'_, D> {
         let queries = device.upload(&noise("queries", shape.heads() * shape.head_dim))?;
         let exact = self.exact_pages(pages)?;
         for near in Near::ALL {
-            let caches = Caches::new(self, near, &exact, pages)?;
+            let caches = Caches::new(device, self.sizes, near, &exact, pages)?;
             let (bytes, flops) = (caches.bytes(&shape), 4 * context * shape.heads() * shape.head_dim);
             let (plain, certified) = (caches.buffers(device, &shape, false)?, caches.buffers(device, &shape, true)?);
             let mut turn = 0;
@@ -200,11 +207,6 @@ impl<D: Device> Bench<'_, D> {
             }
         }
         Ok(())
-    }
-
-    fn note_context(&mut self, kernel: String, context: usize, seconds: f64, bytes: usize, flops: usize) {
-        self.note(&kernel, format!("{context} tokens"), seconds, bytes, flops);
-        self.found.last_mut().expect("noted above").context = Some(context);
     }
 
     /// Pages `0..pages` of every key-value head in slots of the same order, full of noise.
@@ -265,12 +267,12 @@ struct Caches<'a, D: Device> {
 }
 
 impl<'a, D: Device> Caches<'a, D> {
-    fn new(bench: &Bench<'_, D>, near: Near, exact: &'a Buffer<D, u8>, pages: usize) -> Result<Self> {
-        let (device, shape) = (bench.device, bench.sizes.shape);
+    fn new(device: &D, sizes: &Sizes, near: Near, exact: &'a Buffer<D, u8>, pages: usize) -> Result<Self> {
+        let shape = sizes.shape;
         let page_bytes = near.page_bytes(&shape)?;
         let slots: Vec<u32> = (0..(shape.kv_heads * pages) as u32).collect();
         let bytes = slots.len() * page_bytes;
-        let count = bench.sizes.cold_bytes.div_ceil(bytes).clamp(1, 64);
+        let count = sizes.cold_bytes.div_ceil(bytes).clamp(1, 64);
         let stored = device.zeros(count * bytes)?;
         if near == Near::F16 {
             device.copy(exact, 0, &stored, 0, bytes)?;
@@ -379,7 +381,8 @@ mod tests {
         let shape = Shape { kv_heads: 1, group: 2, head_dim: 16 };
         let sizes =
             Sizes { copy_bytes: 1 << 16, outputs: 8, inputs: 64, rows: 64, shape, contexts: vec![128], cold_bytes: 40_000, seconds: 0.0 };
-        let found = measure(&device.in_order(Order::Forward), &sizes).unwrap();
+        let mut found = vec![];
+        measure(&device.in_order(Order::Forward), &sizes, |one| found.push(one)).unwrap();
         assert_eq!(found.len(), 1 + 5 + 1 + 6 + 1);
         assert_eq!(found.iter().filter(|one| one.context == Some(128)).count(), 6);
         assert!((found[0].of_copy - 1.0).abs() < 1e-9);

@@ -34,6 +34,12 @@ impl Agreement {
         self.error = self.error.max(distance(found, reference));
     }
 
+    /// Puts together what two stretches of work found of the same kernel.
+    pub fn merge(&mut self, other: &Self) {
+        self.cases += other.cases;
+        self.error = self.error.max(other.error);
+    }
+
     /// Whether the kernel may be used.
     pub fn is_sound(&self) -> bool {
         self.cases > 0 && self.error <= self.tolerance
@@ -58,19 +64,19 @@ pub fn noise(name: &str, count: usize) -> Vec<f32> {
     (0..count).map(|_| stream.normal() as f32).collect()
 }
 
+/// A check of some kernels: what they are about, and how far each is off.
+pub type Check<D> = (&'static str, fn(&D) -> Result<Vec<Agreement>>);
+
 /// Every kernel of the model's blocks but attention against its reference.
-///
-/// # Errors
-/// When a kernel cannot be launched.
-pub fn model_kernels<D: Device>(device: &D) -> Result<Vec<Agreement>> {
-    let mut all = vec![];
-    all.extend(super::norm::agreements(device)?);
-    all.extend(super::rope::agreements(device)?);
-    all.extend(super::gated::agreements(device)?);
-    all.extend(super::embedding::agreements(device)?);
-    all.extend(super::dense::agreements(device)?);
-    all.extend(super::ternary::agreements(device)?);
-    Ok(all)
+pub fn model_kernels<D: Device>() -> [Check<D>; 6] {
+    [
+        ("norms", super::norm::agreements),
+        ("rotary embeddings", super::rope::agreements),
+        ("gates", super::gated::agreements),
+        ("embeddings", super::embedding::agreements),
+        ("dense products", super::dense::agreements),
+        ("ternary products", super::ternary::agreements),
+    ]
 }
 
 /// Heads and tokens of a cache that attention is checked over.
