@@ -1,17 +1,20 @@
 #!/usr/bin/env bash
-# gpu.sh OUT [OSPREY]: everything worth knowing of a machine with a GPU in one go, most important first, for when such a machine is there
-# for half an hour. Leaves in OUT what the driver says (gpu.txt), `osprey doctor` (doctor.txt, doctor.json), the kernels' sources compiled
-# there and examined again where nvcc is (fresh.txt, fresh.json), and the checks under compute-sanitizer where that is (memcheck.txt,
-# racecheck.txt). OSPREY is a program built with the feature cuda (default: target/release/osprey).
+# gpu.sh OUT [OSPREY [STEP...]]: everything worth knowing of a machine with a GPU in one go, most important first, for when such a machine
+# is there for half an hour. Steps are doctor (doctor.txt and doctor.json in OUT), fresh (the kernels compiled there, where nvcc is, and
+# examined again: fresh.txt, fresh.json), memcheck and racecheck (the checks under compute-sanitizer, where that is); without any, all are
+# taken. OSPREY is a program built with the feature cuda (default: target/release/osprey).
 #
 # Such a program needs cuBLAS, cuRAND and NVRTC when it starts. Where the loader does not find them, those of CUDA_HOME, /usr/local/cuda or
 # a Python with PyTorch are taken.
 set -uo pipefail
-[ $# -ge 1 ] || { echo "usage: $0 OUT [OSPREY]" >&2; exit 2; }
+[ $# -ge 1 ] || { echo "usage: $0 OUT [OSPREY [STEP...]]" >&2; exit 2; }
 mkdir -p "$1"
 out=$(cd "$1" && pwd)
 here=$(cd "$(dirname "$0")" && pwd)
 osprey=${2:-$here/../target/release/osprey}
+steps=" ${*:3} "
+[ "$steps" != "  " ] || steps=" doctor fresh memcheck racecheck "
+wanted() { [[ $steps == *" $1 "* ]]; }
 [ -x "$osprey" ] || { echo "$0: $osprey is no program: build it with cargo build --release --features cuda" >&2; exit 2; }
 
 folders=
@@ -36,12 +39,15 @@ keep() { # NAME SECONDS COMMAND...
 }
 
 keep gpu 30 nvidia-smi
-keep doctor 480 "$osprey" doctor --json "$out/doctor.json"
+! wanted doctor || keep doctor 480 "$osprey" doctor --json "$out/doctor.json"
 
-if nvcc=$(command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null); then
+if ! wanted fresh; then
+    :
+elif nvcc=$(command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null); then
     section 'kernels compiled here'
     capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d .)
-    if PATH=$(dirname "$nvcc"):$PATH "$here/build.sh" "$out/kernels" "$capability" >"$out/build.txt" 2>&1; then
+    export PATH=$(dirname "$nvcc"):$PATH
+    if printf '%s\n' "$here"/*.cu | xargs -P "$(nproc)" -n 1 "$here/build.sh" "$out/kernels" "$capability" >"$out/build.txt" 2>&1; then
         OSPREY_KERNELS=$out/kernels keep fresh 300 "$osprey" doctor --json "$out/fresh.json"
     else
         cat "$out/build.txt"
@@ -52,9 +58,11 @@ else
     echo 'SKIPPED: no nvcc, only the embedded kernels were examined'
 fi
 
-if sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null); then
+if ! wanted memcheck && ! wanted racecheck; then
+    :
+elif sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null); then
     for tool in memcheck racecheck; do
-        keep "$tool" 300 "$sanitizer" --tool "$tool" --error-exitcode 9 "$osprey" doctor --checks-only
+        ! wanted "$tool" || keep "$tool" 300 "$sanitizer" --tool "$tool" --error-exitcode 9 "$osprey" doctor --checks-only
     done
 else
     echo 'SKIPPED: no compute-sanitizer'

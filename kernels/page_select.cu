@@ -133,14 +133,14 @@ static __device__ inline uint32_t ordered(float x) {
 
 // Ranks of pages for the heads of a group together: larger is read first.
 //   by_share = 0: the largest bound of a head; 1: shares of each head's softmax over the bounds of all pages, added up over the heads.
-// Grid [kv_heads, rows], block of 256.   bounds: [rows, heads, stride]   ranks: [rows, kv_heads, stride]
-extern "C" __global__ void __launch_bounds__(SELECT_THREADS)
+// Grid [kv_heads, rows], block of whole warps.   bounds: [rows, heads, stride]   ranks: [rows, kv_heads, stride]
+extern "C" __global__ void __launch_bounds__(1024)
     rank_pages(const float *bounds, uint32_t *ranks, uint32_t pages, uint32_t stride, uint32_t group, uint32_t by_share) {
     SHARED_ARRAY(float, shared, 32);
     const float *own = bounds + ((size_t)blockIdx.y * gridDim.x + blockIdx.x) * group * stride;
     uint32_t *out = ranks + ((size_t)blockIdx.y * gridDim.x + blockIdx.x) * stride;
     if (!by_share) {
-        for (uint32_t page = threadIdx.x; page < pages; page += SELECT_THREADS) {
+        for (uint32_t page = threadIdx.x; page < pages; page += blockDim.x) {
             uint32_t most = 0;
             for (uint32_t head = 0; head < group; head++) most = max(most, ordered(own[(size_t)head * stride + page]));
             out[page] = most;
@@ -149,17 +149,20 @@ extern "C" __global__ void __launch_bounds__(SELECT_THREADS)
     }
     for (uint32_t head = 0; head < group; head++) {
         const float *bound = own + (size_t)head * stride;
-        float largest = -INFINITY, sum = 0;
-        for (uint32_t page = threadIdx.x; page < pages; page += SELECT_THREADS) largest = fmaxf(largest, bound[page]);
-        largest = block_max(largest, shared);
         // Of two infinities the difference is none.
-        auto weight = [&](float x) { return x == largest ? 1.0f : expf(x - largest); };
-        for (uint32_t page = threadIdx.x; page < pages; page += SELECT_THREADS) sum += weight(bound[page]);
-        sum = block_sum(sum, shared);
+        auto weight = [&](float x, float origin) { return x == origin ? 1.0f : expf(x - origin); };
+        float highest = -INFINITY, sum = 0;
+        for (uint32_t page = threadIdx.x; page < pages; page += blockDim.x) {
+            float x = bound[page], before = highest;
+            highest = fmaxf(highest, x);
+            sum = fmaf(sum, weight(before, highest), weight(x, highest));
+        }
+        float largest = block_max(highest, shared);
+        sum = block_sum(sum * weight(highest, largest), shared);
         // Bits of numbers that are not negative have their order; a thread sees its own pages only.
-        for (uint32_t page = threadIdx.x; page < pages; page += SELECT_THREADS) {
+        for (uint32_t page = threadIdx.x; page < pages; page += blockDim.x) {
             float before = head == 0 ? 0.0f : __uint_as_float(out[page]);
-            out[page] = __float_as_uint(before + weight(bound[page]) / sum);
+            out[page] = __float_as_uint(before + weight(bound[page], largest) / sum);
         }
     }
 }
@@ -181,14 +184,19 @@ static __device__ inline uint32_t rank_in_block(bool flag, Shared<uint32_t> coun
     return before;
 }
 
-static __device__ inline uint32_t sum_in_block(uint32_t value, Shared<uint32_t> counts) {
-    value = __reduce_add_sync(all_lanes, value);
+// Sum of `value` over the threads of the block before this one.
+static __device__ inline uint32_t sum_before(uint32_t value, Shared<uint32_t> counts) {
+    uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, sum = value;
+    for (uint32_t distance = 1; distance < 32; distance *= 2) {
+        uint32_t other = __shfl_up_sync(all_lanes, sum, distance);
+        sum += lane >= distance ? other : 0;
+    }
     __syncthreads();
-    if (threadIdx.x % 32 == 0) counts[threadIdx.x / 32] = value;
+    if (lane == 31) counts[warp] = sum;
     __syncthreads();
-    uint32_t total = 0;
-    for (uint32_t warp = 0; warp < SELECT_THREADS / 32; warp++) total += static_cast<uint32_t>(counts[warp]);
-    return total;
+    uint32_t before = sum - value;
+    for (uint32_t other = 0; other < warp; other++) before += static_cast<uint32_t>(counts[other]);
+    return before;
 }
 
 // Chooses pages for one key-value head and row per block of 256: the first `sinks`, the last `window`, and of the rest those with the
@@ -202,6 +210,8 @@ extern "C" __global__ void __launch_bounds__(SELECT_THREADS)
                  uint32_t *chosen, uint32_t pages, uint32_t stride, uint32_t list_stride, uint32_t words, uint32_t budget, uint32_t sinks,
                  uint32_t window) {
     SHARED_ARRAY(uint32_t, counts, SELECT_THREADS / 32);
+    SHARED_ARRAY(uint32_t, histogram, SELECT_THREADS);
+    SHARED_ARRAY(uint32_t, found, 2);
     uint32_t kv_head = blockIdx.x, lane = threadIdx.x % 32;
     size_t line = (size_t)blockIdx.y * gridDim.x + kv_head;
     const uint32_t *rank_of = ranks + line * stride;
@@ -209,16 +219,28 @@ extern "C" __global__ void __launch_bounds__(SELECT_THREADS)
     uint32_t always = min(min(sinks, pages) + min(window, pages), pages);
     uint32_t wanted = ranks && budget > always ? min(budget, pages) - always : 0;
 
-    // How many free pages reach a threshold; and the largest that `wanted` of them reach, a bit at a time.
-    auto reach = [&](uint32_t threshold) {
-        uint32_t count = 0;
-        for (uint32_t page = threadIdx.x; page < pages; page += SELECT_THREADS) count += !forced(page) && rank_of[page] >= threshold;
-        return sum_in_block(count, counts);
-    };
-    uint32_t threshold = 0;
-    for (int bit = 31; wanted > 0 && bit >= 0; bit--)
-        if (reach(threshold | 1u << bit) >= wanted) threshold |= 1u << bit;
-    uint32_t above = wanted > 0 && threshold < 0xffffffffu ? reach(threshold + 1) : 0;
+    // The rank of the last page wanted, eight bits at a time: of the free pages that share what is known of it, `left` are wanted.
+    uint32_t threshold = 0, left = wanted;
+    for (int shift = 24; wanted > 0 && shift >= 0; shift -= 8) {
+        __syncthreads();
+        histogram[threadIdx.x] = 0;
+        __syncthreads();
+        for (uint32_t page = threadIdx.x; page < pages; page += SELECT_THREADS) {
+            uint32_t rank = rank_of[page];
+            bool candidate = !forced(page) && (shift == 24 || rank >> (shift + 8) == threshold >> (shift + 8));
+            if (candidate) atomicAdd(histogram.address(rank >> shift & 255), 1u);
+        }
+        __syncthreads();
+        // The first thread has the largest digit.
+        uint32_t digit = 255 - threadIdx.x, count = histogram[digit], above = sum_before(count, counts);
+        if (above < left && above + count >= left) {
+            found[0] = digit;
+            found[1] = above;
+        }
+        __syncthreads();
+        threshold |= static_cast<uint32_t>(found[0]) << shift;
+        left -= static_cast<uint32_t>(found[1]);
+    }
 
     uint32_t ties = 0, taken = 0;
     for (uint32_t first = 0; first < pages; first += SELECT_THREADS) {
@@ -228,7 +250,7 @@ extern "C" __global__ void __launch_bounds__(SELECT_THREADS)
         bool tie = free && order == threshold;
         uint32_t rank = ties + rank_in_block(tie, counts, total);
         ties += total;
-        bool take = always_read || (free && order > threshold) || (tie && rank < wanted - above);
+        bool take = always_read || (free && order > threshold) || (tie && rank < left);
         uint32_t votes = __ballot_sync(all_lanes, take);
         if (lane == 0 && there) chosen[line * words + page / 32] = votes;
         rank = taken + rank_in_block(take, counts, total);
@@ -267,8 +289,8 @@ constexpr float UNREAD_ROUNDING = 1e-4f;
 // X is the fixed point of x -> (sum over radius_b > x of mass_b radius_b) / (R + sum of mass_b), which iterates reach from below; and
 //   X <= x + (sum mass_b max(radius_b - x, 0) - R x) / R   for every x in between (both sides times the denominator, which is at least R),
 // so that stopping early gives a bound as well. Written to place 7 of the summary; to be added to the bound.
-// Grid [heads], block of 128.   bounds: [heads, stride]   value_norms: [kv_heads, stride]   chosen: [kv_heads, words]
-extern "C" __global__ void __launch_bounds__(128)
+// Grid [heads], block of whole warps.   bounds: [heads, stride]   value_norms: [kv_heads, stride]   chosen: [kv_heads, words]
+extern "C" __global__ void __launch_bounds__(512)
     unread_bound(const float *bounds, const float *value_norms, const uint32_t *chosen, float *summaries, uint32_t pages, uint32_t stride,
                  uint32_t words, uint32_t group) {
     SHARED_ARRAY(float, shared, 32);

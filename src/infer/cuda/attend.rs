@@ -30,7 +30,7 @@ impl<D: Device> Attention<D> {
         options.check()?;
         let cache = Cache::new(device, spec, options, capacity, pass)?;
         let (shape, pages) = (cache.shape, cache.pages);
-        let splits = num_splits(&shape, pages, device.multiprocessors() as usize);
+        let splits = num_splits(device, &shape, cache.near, pages)?;
         Ok(Self {
             buffers: DecodeBuffers::new(device, &shape, pages, splits, options.certifies())?,
             query: device.alloc(shape.heads() * shape.head_dim)?,

@@ -199,7 +199,7 @@ impl<D: Device, T: FnMut(Measurement)> Bench<'_, D, T> {
                 let quarter = Quarter::new(device, &shape, pages)?;
                 let seconds = self.time(|| {
                     quarter.choose(device, &shape, &caches, &queries, turn)?;
-                    caches.decode(device, &shape, &queries, &mut turn, Some((&quarter.lists, &quarter.lengths)), &plain)
+                    caches.decode(device, &shape, &queries, &mut turn, Some(&quarter), &plain)
                 })?;
                 // The steps of the keys of every page, and a quarter of the pages.
                 let moved = bytes / 4 + shape.kv_heads * pages * 4 * shape.head_dim;
@@ -302,21 +302,22 @@ impl<'a, D: Device> Caches<'a, D> {
     }
 
     fn buffers(&self, device: &D, shape: &Shape, keeps_facts: bool) -> Result<DecodeBuffers<D>> {
-        let splits = num_splits(shape, self.pages, device.multiprocessors() as usize);
+        let splits = num_splits(device, shape, self.near, self.pages)?;
         DecodeBuffers::new(device, shape, self.pages, splits, keeps_facts)
     }
 
-    /// The next cache's turn, over all its pages or those of `lists`.
+    /// The next cache's turn, over all its pages or those of a quarter.
     fn decode(
         &self,
         device: &D,
         shape: &Shape,
         queries: &Buffer<D, f32>,
         turn: &mut usize,
-        lists: Option<(&Buffer<D, u32>, &Buffer<D, u32>)>,
+        quarter: Option<&Quarter<D>>,
         buffers: &DecodeBuffers<D>,
     ) -> Result<()> {
-        let (lists, list_lengths) = lists.unwrap_or((&self.lists[*turn % self.lists.len()], &self.lengths));
+        let every = (&self.lists[*turn % self.lists.len()], &self.lengths);
+        let (lists, list_lengths) = quarter.map_or(every, |quarter| (&quarter.lists, &quarter.lengths));
         *turn += 1;
         let exact_pages = if self.near == Near::F16 { &self.stored } else { self.exact };
         let inputs = DecodeInputs {

@@ -209,8 +209,8 @@ impl<D: Device> Case<D> {
         }
     }
 
-    fn buffers(&self, device: &D) -> Result<DecodeBuffers<D>> {
-        let splits = num_splits(&self.shape, self.pages, device.multiprocessors() as usize).max(2);
+    fn buffers(&self, device: &D, near: Near) -> Result<DecodeBuffers<D>> {
+        let splits = num_splits(device, &self.shape, near, self.pages)?.max(2);
         DecodeBuffers::new(device, &self.shape, self.pages, splits, true)
     }
 
@@ -218,7 +218,7 @@ impl<D: Device> Case<D> {
     fn decode(&self, device: &D, near: Near, coded: &Buffer<D, u8>, agreement: &mut Agreement) -> Result<(Vec<f32>, Vec<f32>)> {
         let (shape, queries) = (&self.shape, noise("queries", self.shape.heads() * self.shape.head_dim));
         let (lists, lengths) = (device.upload(&self.entries(near))?, device.upload(&vec![self.pages as u32; shape.kv_heads])?);
-        let (on_device, buffers) = (device.upload(&queries)?, self.buffers(device)?);
+        let (on_device, buffers) = (device.upload(&queries)?, self.buffers(device, near)?);
         decode(device, shape, near, &self.inputs(&on_device, coded, &lists, &lengths), &buffers)?;
         let (found, summaries) = (device.download(&buffers.output)?, device.download(&buffers.summaries)?);
         for (head, query) in queries.chunks_exact(shape.head_dim).enumerate() {
@@ -259,7 +259,7 @@ impl<D: Device> Case<D> {
         let chosen = device.zeros(shape.kv_heads * pages.words())?;
         let into = Lists { entries: &entries, slots: &slots, lists: &lists, lengths: &lengths };
         select_pages(device, shape, pages, selection, Some(&ranks), &Choices { chosen: &chosen, first_row: 0, lists: Some(into) })?;
-        let buffers = self.buffers(device)?;
+        let buffers = self.buffers(device, near)?;
         decode(device, shape, near, &self.inputs(&on_device, &coded, &lists, &lengths), &buffers)?;
         unread_bound(device, shape, pages, &bounds, &chosen, &buffers.summaries)?;
         let (found, summaries) = (device.download(&buffers.output)?, device.download(&buffers.summaries)?);

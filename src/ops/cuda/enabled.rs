@@ -215,6 +215,13 @@ impl Device for Cuda {
         self.attribute(CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT).unwrap_or(1)
     }
 
+    fn resident_blocks(&self, kernel: &str, block: u32, shared_bytes: u32) -> Result<u32> {
+        let function = self.kernel(kernel, shared_bytes)?;
+        let each = function.occupancy_max_active_blocks_per_multiprocessor(block, shared_bytes as usize, None);
+        let each = each.map_err(|error| self.failed(&format!("tell how many blocks of {kernel} fit"), error))?;
+        Ok(each.max(1) * self.multiprocessors())
+    }
+
     fn room(&self) -> Result<(usize, usize)> {
         self.stream.context().mem_get_info().map_err(|error| self.failed("ask for its free memory", error))
     }

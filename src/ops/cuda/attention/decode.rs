@@ -62,11 +62,20 @@ impl<D: Device> DecodeBuffers<D> {
     }
 }
 
-/// Parts to cut lists of `pages` pages into on a device with `processors` multiprocessors: two or more blocks for each, but no part
-/// shorter than four pages, which is one for every warp.
-pub fn num_splits(shape: &Shape, pages: usize, processors: usize) -> usize {
-    let blocks = shape.kv_heads * shape.group.div_ceil(QUERIES);
-    (3 * processors).div_ceil(blocks).min(pages.div_ceil(WARPS)).clamp(1, MAX_SPLITS)
+/// Parts to cut lists of `pages` pages into: as many blocks as the device runs side by side and not one more, which would begin when the
+/// others are done; but no part shorter than four pages, which is one for every warp.
+///
+/// # Errors
+/// When the kernel cannot be loaded.
+pub fn num_splits<D: Device>(device: &D, shape: &Shape, near: Near, pages: usize) -> Result<usize> {
+    let (width, blocks) = (shape.width()?, shape.kv_heads * shape.group.div_ceil(QUERIES));
+    let resident =
+        device.resident_blocks(&kernel(near, width), fits(32 * WARPS, "threads")?, fits(shared_bytes(width), "shared memory")?)?;
+    Ok((resident as usize / blocks).min(pages.div_ceil(WARPS)).clamp(1, MAX_SPLITS))
+}
+
+fn kernel(near: Near, width: usize) -> String {
+    format!("decode_attention_{}_{width}", near.name())
 }
 
 /// The answer of one query head beside its output.
@@ -151,7 +160,7 @@ pub fn decode<D: Device>(device: &D, shape: &Shape, near: Near, inputs: &DecodeI
     let (splits, kv_heads, group) = (fits(buffers.splits, "splits")?, fits(shape.kv_heads, "kv_heads")?, fits(shape.group, "group")?);
     let (stride, head_dim) = (fits(inputs.list_stride, "pages")?, fits(shape.head_dim, "head_dim")?);
     let last_tokens = fits(inputs.last_tokens, "tokens")?;
-    let kernel = format!("decode_attention_{}_{width}", near.name());
+    let kernel = kernel(near, width);
     let args = arguments![
         inputs.queries,
         inputs.exact_pages,

@@ -48,6 +48,11 @@ impl Pages {
         Ok([fits(self.count, "pages")?, fits(self.stride, "pages")?])
     }
 
+    /// A thread per page, in whole warps.
+    fn block(&self, most: usize) -> [u32; 3] {
+        [self.count.next_multiple_of(32).clamp(32, most) as u32, 1, 1]
+    }
+
     fn grid(&self, first: usize) -> Result<[u32; 3]> {
         Ok([fits(first, "heads")?, fits(self.rows, "tokens")?, 1])
     }
@@ -122,7 +127,7 @@ pub fn rank_pages<D: Device>(
 ) -> Result<()> {
     let [count, stride] = pages.arguments()?;
     let args = arguments![&bounds.scores, ranks, count, stride, fits(shape.group, "group")?, u32::from(ranking == Ranking::Share)];
-    device.launch("rank_pages", pages.grid(shape.kv_heads)?, [256, 1, 1], 0, args)
+    device.launch("rank_pages", pages.grid(shape.kv_heads)?, pages.block(1024), 0, args)
 }
 
 /// How many pages a row reads beside its own.
@@ -190,7 +195,6 @@ pub fn select_pages<D: Device>(
 
 /// Makes `masks` (`[kv_heads, tiles, words]`) for [`super::prefill`] of what `rows` rows from `first_position` on have `chosen`
 /// (`[rows, kv_heads, words]`).
-#[expect(clippy::too_many_arguments, reason = "one per buffer")]
 pub fn unite_rows<D: Device>(
     device: &D,
     shape: &Shape,
@@ -217,7 +221,7 @@ pub fn unread_bound<D: Device>(
 ) -> Result<()> {
     let ([count, stride], words) = (pages.arguments()?, fits(pages.words(), "pages")?);
     let args = arguments![&bounds.scores, &bounds.value_norms, chosen, summaries, count, stride, words, fits(shape.group, "group")?];
-    device.launch("unread_bound", [fits(shape.heads(), "heads")?, 1, 1], [128, 1, 1], 0, args)
+    device.launch("unread_bound", [fits(shape.heads(), "heads")?, 1, 1], pages.block(512), 0, args)
 }
 
 #[cfg(test)]
