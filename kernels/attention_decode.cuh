@@ -11,15 +11,16 @@
 //   mass_low = sum_b rho_b e^-Delta_b, value_term = sum_b rho_b e^Delta_b eta_b, key_squares = sum_b rho_b (e^Delta_b - 1)^2,
 //   norm_squares = sum_t p_t norm(vhat_t)^2.  attention_merge.cu turns these into the bound.
 // For the estimate that is no bound, with v_b the variance of the page's score errors and e_b the mean of norm(v - vhat)^2:
-//   meter = sum_t p_t^2 (v_b norm(vhat_t)^2 + e_b), meter_mass = sum_t p_t^2 v_b.
+//   meter_values = sum_t p_t^2 e_b, meter_keys = sum_t p_t^2 v_b.
 #pragma once
 
 #include "attention_tile.cuh"
 
 constexpr int DECODE_WARPS = 4;
 constexpr int QUERIES = 8;
-constexpr int PARTIAL_HEAD = 8;  // m, l, norm_squares, mass_low, value_term, key_squares, meter, meter_mass; then the output [width]
-constexpr int PAGE_FACTS = 4;    // ln rho_b, Delta_b, mean of norm(vhat)^2 under the weights, eta_b
+constexpr int PARTIAL_HEAD = 8;  // m, l, norm_squares, mass_low, value_term, key_squares, meter_values, meter_keys; then the output [width]
+// ln rho_b, Delta_b, mean of norm(vhat)^2 under the weights, eta_b; sum p^2 / (sum p)^2, v_b, e_b, 0 (the last four: 0 for exact pages)
+constexpr int PAGE_FACTS = 8;
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;
 // Relative rounding of a product of two halves' pairs and of its f32 sum, per term.
@@ -38,21 +39,21 @@ struct DecodeArguments {
     const uint32_t *lists;        // [kv_heads, list_stride] page entries; the page of the query's own token last
     const uint32_t *list_lengths; // [kv_heads]
     float *partials;              // [kv_heads * group, splits, PARTIAL_HEAD + W]
-    float *page_facts;            // [kv_heads * group, list_stride, PAGE_FACTS]
+    float *page_facts;            // [kv_heads * group, list_stride, PAGE_FACTS]; null: nobody asks
     uint32_t last_tokens;         // tokens in the last page of every list
     uint32_t list_stride, group, head_dim;
 };
 
 // The running softmax of one warp: queries 2j and 2j + 1, sums over the lane's own tokens, output channels r and r + 8 of every 16.
 template <int W> struct DecodeState {
-    float maximum[2], mass[2], norm_squares[2], mass_low[2], value_term[2], key_squares[2], meter[2], meter_mass[2];
+    float maximum[2], mass[2], norm_squares[2], mass_low[2], value_term[2], key_squares[2], meter_values[2], meter_keys[2];
     float output[W / 16][4];
 
     __device__ void clear() {
 #pragma unroll
         for (int q = 0; q < 2; q++) {
             maximum[q] = -INFINITY;
-            mass[q] = norm_squares[q] = mass_low[q] = value_term[q] = key_squares[q] = meter[q] = meter_mass[q] = 0;
+            mass[q] = norm_squares[q] = mass_low[q] = value_term[q] = key_squares[q] = meter_values[q] = meter_keys[q] = 0;
         }
 #pragma unroll
         for (int tile = 0; tile < W / 16; tile++) output[tile][0] = output[tile][1] = output[tile][2] = output[tile][3] = 0;
@@ -64,9 +65,9 @@ struct PageError {
     float delta_bits[2], variance[2], value_error, value_mean_square, value_factor;
 };
 
-// What a piece weighs, for the lane's two queries: sums of p and of p norm(vhat)^2.
+// What a piece weighs, for the lane's two queries: sums of p, of p norm(vhat)^2 and of p^2.
 struct PieceSums {
-    float mass[2], norms[2];
+    float mass[2], norms[2], squares[2];
 };
 
 // The weights of 16 tokens as right operands.
@@ -333,7 +334,7 @@ static __device__ PieceSums soften(const Walk<W> &walk, DecodeState<W> &state, f
         float maximum = fmaxf(state.maximum[q], largest - shift);
         factor[q] = fast_exp2(state.maximum[q] - maximum);
         state.maximum[q] = maximum;
-        float mass = 0, squares = 0, second = 0, second_norms = 0;
+        float mass = 0, squares = 0, second = 0;
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
@@ -344,13 +345,13 @@ static __device__ PieceSums soften(const Walk<W> &walk, DecodeState<W> &state, f
                 mass += weight;
                 squares = fmaf(weight * norm, norm, squares);
                 second = fmaf(weight, weight, second);
-                second_norms = fmaf(weight * norm, weight * norm, second_norms);
             }
         state.mass[q] = fmaf(state.mass[q], factor[q], mass);
         state.norm_squares[q] = fmaf(state.norm_squares[q], factor[q], squares);
         sums.mass[q] = mass;
         sums.norms[q] = squares;
-        float low = mass, value_term = 0, key_squares = 0, meter = 0, meter_mass = 0;
+        sums.squares[q] = second;
+        float low = mass, value_term = 0, key_squares = 0, meter_values = 0, meter_keys = 0;
         if constexpr (!exact) {
             float raised = fast_exp2(error.delta_bits[q]) * (1.0f + 1e-6f), excess = raised - 1.0f;
             low = mass * fast_exp2(-error.delta_bits[q]) * (1.0f - 1e-6f);
@@ -358,14 +359,14 @@ static __device__ PieceSums soften(const Walk<W> &walk, DecodeState<W> &state, f
             float rounded = fmaf(error.value_error + 5e-7f, mass, 4.9e-4f * sqrtf(mass * squares));
             value_term = raised * rounded;
             key_squares = excess * excess * mass;
-            meter = fmaf(error.variance[q], second_norms, error.value_mean_square * second);
-            meter_mass = error.variance[q] * second;
+            meter_values = error.value_mean_square * second;
+            meter_keys = error.variance[q] * second;
         }
         state.mass_low[q] = fmaf(state.mass_low[q], factor[q], low);
         state.value_term[q] = fmaf(state.value_term[q], factor[q], value_term);
         state.key_squares[q] = fmaf(state.key_squares[q], factor[q], key_squares);
-        state.meter[q] = fmaf(state.meter[q], factor[q] * factor[q], meter);
-        state.meter_mass[q] = fmaf(state.meter_mass[q], factor[q] * factor[q], meter_mass);
+        state.meter_values[q] = fmaf(state.meter_values[q], factor[q] * factor[q], meter_values);
+        state.meter_keys[q] = fmaf(state.meter_keys[q], factor[q] * factor[q], meter_keys);
     }
     if (__any_sync(all_lanes, factor[0] != 1.0f || factor[1] != 1.0f)) {
 #pragma unroll
@@ -472,21 +473,24 @@ static __device__ inline float sum_over_r(float value) {
 template <int W>
 static __device__ void write_page_facts(const DecodeArguments &arguments, const Walk<W> &walk, const DecodeState<W> &state,
                                         const PieceSums &sums, const PageError &error, uint32_t kv_head, Piece piece) {
+    if (!arguments.page_facts) return;
     int lane = threadIdx.x % 32;
 #pragma unroll
     for (int q = 0; q < 2; q++) {
-        float mass = sum_over_r(sums.mass[q]), norms = sum_over_r(sums.norms[q]);
+        float mass = sum_over_r(sums.mass[q]), norms = sum_over_r(sums.norms[q]), squares = sum_over_r(sums.squares[q]);
         uint32_t query = lane % 4 * 2 + q;
         if (lane >= 4 || query >= walk.num_queries) continue;
         size_t head = (size_t)kv_head * arguments.group + walk.first_query + query;
         float4 *facts = (float4 *)(arguments.page_facts + (head * arguments.list_stride + piece.place) * PAGE_FACTS);
         if (piece.half == 1) {
-            float4 first = *facts;
+            float4 first = facts[0];
             float before = exp2f(first.x * LOG2_E - state.maximum[q]);
             mass += before;
             norms = fmaf(before, first.z, norms);
         }
-        *facts = {(state.maximum[q] + log2f(mass)) * LN_2, error.delta_bits[q] * LN_2, mass > 0 ? norms / mass : 0.0f, error.value_error};
+        facts[0] = {(state.maximum[q] + log2f(mass)) * LN_2, error.delta_bits[q] * LN_2, mass > 0 ? norms / mass : 0.0f, error.value_error};
+        bool near = !(piece.entry & EXACT);
+        facts[1] = {near && mass > 0 ? squares / (mass * mass) : 0.0f, error.variance[q], error.value_mean_square, 0.0f};
     }
 }
 
@@ -502,7 +506,7 @@ static __device__ void merge_warps(const DecodeArguments &arguments, const Walk<
         Shared<float> row = rows + (warp * QUERIES + lane % 4 * 2 + q) * FLOATS;
         float mass = sum_over_r(state.mass[q]), norm_squares = sum_over_r(state.norm_squares[q]), low = sum_over_r(state.mass_low[q]);
         float value_term = sum_over_r(state.value_term[q]), key_squares = sum_over_r(state.key_squares[q]);
-        float meter = sum_over_r(state.meter[q]), meter_mass = sum_over_r(state.meter_mass[q]);
+        float meter_values = sum_over_r(state.meter_values[q]), meter_keys = sum_over_r(state.meter_keys[q]);
         if (r == 0) {
             row[0] = state.maximum[q];
             row[1] = mass;
@@ -510,8 +514,8 @@ static __device__ void merge_warps(const DecodeArguments &arguments, const Walk<
             row[3] = low;
             row[4] = value_term;
             row[5] = key_squares;
-            row[6] = meter;
-            row[7] = meter_mass;
+            row[6] = meter_values;
+            row[7] = meter_keys;
         }
 #pragma unroll
         for (int tile = 0; tile < W / 16; tile++) {

@@ -16,7 +16,8 @@ struct PrefillArguments {
     const uint8_t *exact_pages, *near_pages;
     const uint32_t *table;     // [kv_heads, table_stride] entries of pages 0, 1, ...
     const uint32_t *own;       // [kv_heads, own_stride] exact slots of the pages of these rows, from the page of the first row
-    const uint32_t *masks;     // [kv_heads, tiles, mask_words] bit p: the tile reads page p; null: all pages
+    const uint32_t *masks;     // [kv_heads, tiles, mask_words] bit p: some row of the tile reads page p; null: all read all pages
+    const uint32_t *row_masks; // [rows, kv_heads, mask_words] bit p: the row reads page p; null: what its tile reads
     float *output;             // [rows, heads, head_dim]
     uint32_t rows, first_position, table_stride, own_stride, mask_words, group, head_dim;
 };
@@ -168,7 +169,8 @@ static __device__ void prefill_scores(Shared<uint8_t> queries, Shared<uint8_t> k
 
 // Takes a page's scores into the state; the weights come back as left operands of the four token tiles.
 template <int W>
-static __device__ void prefill_soften(PrefillState<W> &state, float (&scores)[8][4], uint32_t (&weights)[4][4], float value_factor, bool own) {
+static __device__ void prefill_soften(PrefillState<W> &state, float (&scores)[8][4], uint32_t (&weights)[4][4], float value_factor, bool own,
+                                      const bool (&reads)[2]) {
     int lane = threadIdx.x % 32, r = lane / 4, j = lane % 4, warp = threadIdx.x / 32;
 #pragma unroll
     for (int lower = 0; lower < 2; lower++) {
@@ -179,19 +181,21 @@ static __device__ void prefill_soften(PrefillState<W> &state, float (&scores)[8]
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 float &score = scores[tile][2 * lower + i];
-                if (own && tile * 8 + 2 * j + i > row) score = -INFINITY;
+                if (!reads[lower] || (own && tile * 8 + 2 * j + i > row)) score = -INFINITY;
                 largest = fmaxf(largest, score);
             }
         largest = fmaxf(largest, __shfl_xor_sync(all_lanes, largest, 1));
         largest = fmaxf(largest, __shfl_xor_sync(all_lanes, largest, 2));
         float maximum = fmaxf(state.maximum[lower], largest - PREFILL_SHIFT), mass = 0;
-        float factor = fast_exp2(state.maximum[lower] - maximum);
+        // A row that has not read anything yet has no maximum.
+        float origin = maximum == -INFINITY ? 0.0f : maximum;
+        float factor = fast_exp2(state.maximum[lower] - origin);
         state.maximum[lower] = maximum;
 #pragma unroll
         for (int tile = 0; tile < 8; tile++)
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                float weight = fast_exp2(scores[tile][2 * lower + i] - maximum);
+                float weight = fast_exp2(scores[tile][2 * lower + i] - origin);
                 scores[tile][2 * lower + i] = weight * value_factor;
                 mass += weight;
             }
@@ -291,6 +295,13 @@ template <int W, class Near> static __device__ void prefill_attention(const Pref
         while (page < own_page && mask && !(mask[page / 32] >> page % 32 & 1)) page++;
         return page;
     };
+    // Of the lane's two rows; those that are not there may read what they like.
+    auto row_reads = [&](uint32_t page, int lower) {
+        uint32_t row = first_row + warp * 16 + lower * 8 + threadIdx.x % 32 / 4;
+        if (!arguments.row_masks || page == own_page || row >= arguments.rows) return true;
+        size_t line = (size_t)row * (gridDim.y / arguments.group) + kv_head;
+        return (arguments.row_masks[line * arguments.mask_words + page / 32] >> page % 32 & 1) != 0;
+    };
     auto copy = [&](uint32_t page, bool to_values) {
         if (page <= own_page) {
             uint32_t entry = entry_of(page), slot = entry & ~EXACT, bytes, offset;
@@ -320,6 +331,7 @@ template <int W, class Near> static __device__ void prefill_attention(const Pref
     while (page <= own_page) {
         bool exact = entry_of(page) & EXACT, own = page == own_page;
         uint32_t following = next(page + 1);
+        const bool reads[2] = {row_reads(page, 0), row_reads(page, 1)};
         float scores[8][4], value_factor = 1;
         uint32_t weights[4][4];
         copy(page, true);
@@ -331,7 +343,7 @@ template <int W, class Near> static __device__ void prefill_attention(const Pref
             prefill_scores<W, Near>(own_queries, keys, scores, scale);
             value_factor = Near::value_factor(keys);
         }
-        prefill_soften<W>(state, scores, weights, value_factor, own);
+        prefill_soften<W>(state, scores, weights, value_factor, own, reads);
         __syncthreads();
         copy(following, false);
         cp_async_wait<1>();
@@ -352,8 +364,8 @@ template <int W, class Near> static __device__ void prefill_attention(const Pref
 #define PREFILL(name, width, near)                                                                                                          \
     extern "C" __global__ void __launch_bounds__(32 * PREFILL_WARPS)                                                                        \
         name(const float *queries, const uint8_t *exact_pages, const uint8_t *near_pages, const uint32_t *table, const uint32_t *own,        \
-             const uint32_t *masks, float *output, uint32_t rows, uint32_t first_position, uint32_t table_stride, uint32_t own_stride,       \
-             uint32_t mask_words, uint32_t group, uint32_t head_dim) {                                                                       \
-        prefill_attention<width, near>({queries, exact_pages, near_pages, table, own, masks, output, rows, first_position, table_stride,     \
-                                        own_stride, mask_words, group, head_dim});                                                           \
+             const uint32_t *masks, const uint32_t *row_masks, float *output, uint32_t rows, uint32_t first_position,                       \
+             uint32_t table_stride, uint32_t own_stride, uint32_t mask_words, uint32_t group, uint32_t head_dim) {                          \
+        prefill_attention<width, near>({queries, exact_pages, near_pages, table, own, masks, row_masks, output, rows, first_position,        \
+                                        table_stride, own_stride, mask_words, group, head_dim});                                            \
     }

@@ -541,7 +541,7 @@ generate <MODEL> --attention --certificate --device --epsilon --help --kv --max-
 data <RECIPE> --help --json --quiet --set
 plan <RECIPE> --help --json --quiet --set
 inspect <PATH> --help --json --quiet
-doctor --help --json --quiet
+doctor --checks-only --help --json --quiet
 bench <WHAT> [INPUT] --attention --certificate --compare --context --epsilon --help --json --kv --osp --quiet --set --steps
 ";
 

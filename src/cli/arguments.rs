@@ -33,7 +33,7 @@ pub enum Command {
     /// What is in a run, checkpoint, GGUF file or token shard.
     Inspect(Inspect),
     /// What this machine has, and each kernel against its reference.
-    Doctor(Report),
+    Doctor(Doctor),
     /// Speed beside the machine's limits.
     Bench(Bench),
 }
@@ -53,6 +53,15 @@ pub struct Report {
     /// Write the figures as JSON.
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
+}
+
+#[derive(Args, Debug)]
+pub struct Doctor {
+    /// Check the GPU's kernels and time nothing.
+    #[arg(long)]
+    pub checks_only: bool,
+    #[command(flatten)]
+    pub report: Report,
 }
 
 #[derive(Args, Debug)]

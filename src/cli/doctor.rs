@@ -1,8 +1,9 @@
 //! `osprey doctor`.
 
+mod baseline;
 mod gpu;
 
-use super::arguments::Report;
+use super::arguments::Doctor;
 use super::printer::Printer;
 use super::{Status, start_threads, write_json};
 use crate::error::Result;
@@ -49,11 +50,11 @@ impl Agreement {
 }
 
 /// Says what this machine has and runs every fused operation against its reference, inside small models of each face.
-pub(super) fn run(command: &Report, printer: &Printer) -> Result<Status> {
+pub(super) fn run(command: &Doctor, printer: &Printer) -> Result<Status> {
     start_threads(None)?;
     let faces = [("dense", Face::Dense), ("osp", Face::Osp), ("bitnet", Face::Bitnet)];
     let agreements = faces.into_iter().map(|(name, face)| agreement(name, face)).collect::<Result<Vec<_>>>()?;
-    let (cuda, gpu) = match gpu::examine_first()? {
+    let (cuda, gpu) = match gpu::examine_first(command.checks_only, printer)? {
         Presence::Found(found) => ("built in".to_owned(), Some(found)),
         Presence::Absent(reason) if cfg!(feature = "cuda") => (format!("built in; {reason}"), None),
         Presence::Absent(_) => ("not built in (cargo build --release --features cuda)".to_owned(), None),
@@ -70,7 +71,7 @@ pub(super) fn run(command: &Report, printer: &Printer) -> Result<Status> {
         agreements,
         gpu,
     };
-    write_json(command.json.as_deref(), &findings)?;
+    write_json(command.report.json.as_deref(), &findings)?;
     printer.data(format!("osprey            {}", findings.version))?;
     printer.data(format!("threads           {}", findings.cores))?;
     printer.data(format!("instruction path  {} (this CPU has {})", findings.instruction_path, findings.instruction_path_supported))?;

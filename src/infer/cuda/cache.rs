@@ -4,12 +4,14 @@
 //! Page p is coded when the first token of page p + 1 arrives. A query at position t sees the pages before t / 64 as they are coded and
 //! its own page exact, however the text is cut into calls.
 
+use super::select::BOXES_PER_PAGE;
 use crate::error::{Error, Result};
+use crate::infer::attention::Attention;
 use crate::infer::cache::Options;
 use crate::infer::kv::Format;
 use crate::model::Spec;
 use crate::ops::cuda::attention::{
-    self as kernels, BoundsInputs, EXACT, Near, PAGE, PrefillInputs, Rows, Shape, box_bytes, exact_page_bytes,
+    self as kernels, Boxes, EXACT, Masks, Near, PAGE, PrefillInputs, Rows, Shape, box_bytes, exact_page_bytes,
 };
 use crate::ops::cuda::{Buffer, Device, Place, fits};
 
@@ -30,17 +32,6 @@ struct Layer<D: Device> {
     full: usize,
 }
 
-/// What is known of the pages before a query's own: for every query head a bound of its scores with a page's keys, for every key-value
-/// head a bound of the norms of a page's values.
-pub(super) struct Bounds<D: Device> {
-    /// `[heads, pages]`
-    scores: Buffer<D, f32>,
-    /// `[kv_heads, pages]`
-    norms: Buffer<D, f32>,
-    /// Boxes around keys, `[layer, kv_head, page]`; none where coded pages have them.
-    boxes: Option<Buffer<D, u8>>,
-}
-
 /// The cache of all layers.
 pub(super) struct Cache<D: Device> {
     pub(super) shape: Shape,
@@ -49,7 +40,8 @@ pub(super) struct Cache<D: Device> {
     pub(super) pages: usize,
     /// Exact pages that a head of a layer has: all of them, or those of one pass.
     ring: usize,
-    bounds: Option<Bounds<D>>,
+    /// Boxes around keys, `[layer, kv_head, page]`; none where nobody asks or coded pages have them.
+    boxes: Option<Buffer<D, u8>>,
     layers: Vec<Layer<D>>,
     pub(super) exact: Buffer<D, u8>,
     pub(super) coded: Buffer<D, u8>,
@@ -85,18 +77,15 @@ impl<D: Device> Cache<D> {
         let scratch = if is_coded && options.certifies() { spec.kv_heads * pages } else { 0 };
         let page_bytes = exact_page_bytes(shape.width()?);
         fits(heads * pages + scratch, "pages of the cache")?;
-        let is_sparse = (0..spec.layers).any(|layer| !options.attention.policy().is_dense_in(layer));
+        let (attention, policy) = (options.attention, options.attention.policy());
+        let is_bounded = attention != Attention::Dense && (policy.needs_bounds() || options.certifies());
+        let stores_boxes = is_bounded && (near != Near::Int8Int4 || BOXES_PER_PAGE > 1);
         let mut cache = Self {
             shape,
             near,
             pages,
             ring,
-            bounds: if is_sparse && (options.attention.policy().needs_bounds() || options.certifies()) {
-                let boxes = (near != Near::Int8Int4).then(|| device.alloc(heads * pages * box_bytes(&shape)?)).transpose()?;
-                Some(Bounds { scores: device.alloc(shape.heads() * pages)?, norms: device.alloc(spec.kv_heads * pages)?, boxes })
-            } else {
-                None
-            },
+            boxes: stores_boxes.then(|| device.alloc(heads * pages * box_bytes(&shape, BOXES_PER_PAGE)?)).transpose()?,
             layers: vec![],
             exact: device.alloc((heads * ring + scratch) * page_bytes)?,
             coded: device.alloc(if is_coded { heads * pages * near.page_bytes(&shape)? } else { 0 })?,
@@ -188,16 +177,15 @@ impl<D: Device> Cache<D> {
         if all.is_empty() {
             return Ok(());
         }
-        let boxes = self.bounds.as_ref().and_then(|bounds| bounds.boxes.as_ref());
-        if self.far.is_none() && boxes.is_none() {
+        if self.far.is_none() && self.boxes.is_none() {
             self.layers[index].full = full;
             return Ok(());
         }
         let sources: Vec<u32> = all.iter().map(|&(head, page)| self.exact_slot(index, head, page) as u32).collect();
         let targets: Vec<u32> = all.iter().map(|&(head, page)| self.place(index, head, page) as u32).collect();
         let (from, to) = (device.upload(&sources)?, device.upload(&targets)?);
-        if let Some(boxes) = boxes {
-            kernels::page_boxes(device, &self.shape, &self.exact, boxes, &from, &to, all.len())?;
+        if let Some(boxes) = &self.boxes {
+            kernels::page_boxes(device, &self.shape, BOXES_PER_PAGE, &self.exact, boxes, &from, &to, all.len())?;
         }
         if let Some(far) = &self.far {
             kernels::encode(device, &self.shape, self.near, &self.exact, &self.coded, &from, &to, all.len())?;
@@ -210,17 +198,19 @@ impl<D: Device> Cache<D> {
         Ok(())
     }
 
-    /// Bounds of the scores (`[heads, pages]`) and of the norms of values (`[kv_heads, pages]`) of the pages before `own`, for one token's
-    /// queries. Empty where none are kept.
-    pub(super) fn bounds(&self, device: &D, index: usize, own: usize, queries: &Buffer<D, f32>) -> Result<(Vec<f32>, Vec<f32>)> {
-        let Some(bounds) = self.bounds.as_ref() else { return Ok((vec![], vec![])) };
-        let boxes = bounds.boxes.as_ref().unwrap_or(&self.coded);
-        let inputs = BoundsInputs { queries, boxes, table: &self.layers[index].places, stride: self.pages, pages: own };
-        kernels::page_bounds(device, &self.shape, self.near, &inputs, &bounds.scores, &bounds.norms)?;
-        Ok((device.download(&bounds.scores)?, device.download(&bounds.norms)?))
+    /// What holds the keys of a layer's pages, and where each is in it.
+    pub(super) fn boxes(&self, index: usize) -> (Boxes<'_, D>, &Buffer<D, u32>) {
+        let stored = self.boxes.as_ref().map(|boxes| Boxes::Stored { boxes, per_page: BOXES_PER_PAGE });
+        (stored.unwrap_or(Boxes::Coded(&self.coded)), &self.layers[index].places)
     }
 
-    /// Attention of `rows` tokens over all pages, in tiles.
+    /// Entries of a layer's pages once a token follows them, and their exact slots.
+    pub(super) fn tables(&self, index: usize) -> (&Buffer<D, u32>, &Buffer<D, u32>) {
+        (&self.layers[index].entries, &self.layers[index].slots)
+    }
+
+    /// Attention of `rows` tokens over the pages that `masks` let through, in tiles.
+    #[expect(clippy::too_many_arguments, reason = "what a prompt is")]
     pub(super) fn prefill(
         &self,
         device: &D,
@@ -228,6 +218,7 @@ impl<D: Device> Cache<D> {
         queries: &Buffer<D, f32>,
         rows: usize,
         first: usize,
+        masks: Option<Masks<'_, D>>,
         out: &Buffer<D, f32>,
     ) -> Result<()> {
         let own: Vec<usize> = (first / PAGE..(first + rows).div_ceil(PAGE)).collect();
@@ -243,7 +234,7 @@ impl<D: Device> Cache<D> {
             table_stride: self.pages,
             own: &device.upload(&slots)?,
             own_stride: own.len(),
-            masks: None,
+            masks,
         };
         kernels::prefill(device, &self.shape, self.near, &inputs, out)
     }

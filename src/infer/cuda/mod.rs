@@ -8,6 +8,7 @@ mod cache;
 mod linear;
 mod model;
 mod recovery;
+mod select;
 mod sequence;
 #[cfg(test)]
 mod tests;

@@ -2,8 +2,8 @@
 //! drained before and after; bytes are those a kernel must move at least.
 
 use super::attention::{
-    DecodeBuffers, DecodeInputs, EXACT, Near, PAGE, PrefillInputs, Rows, Shape, append, decode, encode, exact_page_bytes, num_splits,
-    prefill,
+    Bounds, BoundsInputs, Boxes, Choices, DecodeBuffers, DecodeInputs, EXACT, Lists, Near, PAGE, Pages, PrefillInputs, Ranking, Rows,
+    Selection, Shape, append, decode, encode, exact_page_bytes, num_splits, page_bounds, prefill, rank_pages, select_pages,
 };
 use super::check::noise;
 use super::dense::{HalfMatrix, HalfRows};
@@ -29,6 +29,8 @@ pub struct Sizes {
     pub shape: Shape,
     /// Tokens of its caches.
     pub contexts: Vec<usize>,
+    /// Bytes of caches to read before one is read again: more than the device keeps in its own caches, as in a model of many layers.
+    pub cold_bytes: usize,
     /// Seconds to spend on each figure, at least.
     pub seconds: f64,
 }
@@ -42,7 +44,8 @@ impl Sizes {
             inputs: 4096,
             rows: 4096,
             shape: Shape { kv_heads: 8, group: 4, head_dim: 128 },
-            contexts: vec![8192, 32768, 131_072],
+            contexts: vec![8192, 32768, 65536, 131_072],
+            cold_bytes: 512 << 20,
             seconds: 0.3,
         }
     }
@@ -53,6 +56,8 @@ impl Sizes {
 pub struct Measurement {
     pub kernel: String,
     pub shape: String,
+    /// Tokens of the cache, for one token's attention over all of it.
+    pub context: Option<usize>,
     pub microseconds: f64,
     /// Bytes that had to be moved, per second.
     pub gbytes_per_second: f64,
@@ -62,31 +67,30 @@ pub struct Measurement {
     pub of_copy: f64,
 }
 
-/// All figures, the copy first.
+/// All figures, the copy first, given to `take` as they come.
 ///
 /// # Errors
 /// When the device fails or has no room.
-pub fn measure<D: Device>(device: &D, sizes: &Sizes) -> Result<Vec<Measurement>> {
-    let mut bench = Bench { device, sizes, copy: f64::INFINITY, found: vec![] };
+pub fn measure<D: Device>(device: &D, sizes: &Sizes, take: impl FnMut(Measurement)) -> Result<()> {
+    let mut bench = Bench { device, sizes, copy: f64::INFINITY, take };
     bench.copy()?;
-    bench.products()?;
-    bench.norm()?;
     for &context in &sizes.contexts {
         bench.attention(context)?;
     }
     bench.prompt()?;
-    Ok(bench.found)
+    bench.products()?;
+    bench.norm()
 }
 
-struct Bench<'a, D: Device> {
+struct Bench<'a, D: Device, T> {
     device: &'a D,
     sizes: &'a Sizes,
     /// Bytes per second of a copy, read and written.
     copy: f64,
-    found: Vec<Measurement>,
+    take: T,
 }
 
-impl<D: Device> Bench<'_, D> {
+impl<D: Device, T: FnMut(Measurement)> Bench<'_, D, T> {
     /// Seconds of one call of `work`.
     fn time(&self, mut work: impl FnMut() -> Result<()>) -> Result<f64> {
         work()?;
@@ -105,10 +109,19 @@ impl<D: Device> Bench<'_, D> {
     }
 
     fn note(&mut self, kernel: &str, shape: String, seconds: f64, bytes: usize, flops: usize) {
+        self.note_measurement(kernel, shape, None, seconds, bytes, flops);
+    }
+
+    fn note_context(&mut self, kernel: String, context: usize, seconds: f64, bytes: usize, flops: usize) {
+        self.note_measurement(&kernel, format!("{context} tokens"), Some(context), seconds, bytes, flops);
+    }
+
+    fn note_measurement(&mut self, kernel: &str, shape: String, context: Option<usize>, seconds: f64, bytes: usize, flops: usize) {
         let rate = bytes as f64 / seconds;
-        self.found.push(Measurement {
+        (self.take)(Measurement {
             kernel: kernel.to_owned(),
             shape,
+            context,
             microseconds: seconds * 1e6,
             gbytes_per_second: rate / 1e9,
             tflops: flops as f64 / seconds / 1e12,
@@ -161,40 +174,37 @@ impl<D: Device> Bench<'_, D> {
         Ok(())
     }
 
-    /// One token against caches of `context` tokens in every format; the bound is computed in the same pass, and what it costs beyond that
-    /// is to bring it to the host.
+    /// One token against caches of `context` tokens in every format, without and with its certificate, and over a quarter of the pages.
+    /// The bound is computed in the same pass; to act on it is to keep what recovery asks for and to bring the summaries to the host.
     fn attention(&mut self, context: usize) -> Result<()> {
-        let (device, shape) = (self.device, self.sizes.shape);
-        let pages = context / PAGE;
-        let exact = self.exact_pages(pages)?;
-        let every: Vec<u32> = (0..(shape.kv_heads * pages) as u32).collect();
-        let slots = device.upload(&every)?;
+        let (device, shape, pages) = (self.device, self.sizes.shape, context / PAGE);
         let queries = device.upload(&noise("queries", shape.heads() * shape.head_dim))?;
-        let buffers = DecodeBuffers::new(device, &shape, pages, num_splits(&shape, pages, device.multiprocessors() as usize))?;
-        let lengths = device.upload(&vec![pages as u32; shape.kv_heads])?;
+        let exact = self.exact_pages(pages)?;
         for near in Near::ALL {
-            let page_bytes = near.page_bytes(&shape)?;
-            let coded = device.zeros(if near == Near::F16 { 0 } else { shape.kv_heads * pages * page_bytes })?;
-            encode(device, &shape, near, &exact, &coded, &slots, &slots, shape.kv_heads * pages)?;
-            let entry = |slot: &u32| if near == Near::F16 || *slot as usize % pages == pages - 1 { EXACT | slot } else { *slot };
-            let lists = device.upload(&every.iter().map(entry).collect::<Vec<_>>())?;
-            let inputs = DecodeInputs {
-                queries: &queries,
-                exact_pages: &exact,
-                near_pages: &coded,
-                lists: &lists,
-                list_stride: pages,
-                list_lengths: &lengths,
-                last_tokens: PAGE,
-            };
-            let (bytes, flops) = (shape.kv_heads * pages * page_bytes, 4 * context * shape.heads() * shape.head_dim);
-            let seconds = self.time(|| decode(device, &shape, near, &inputs, &buffers))?;
-            self.note(&format!("decode_attention {near:?}"), format!("{context} tokens"), seconds, bytes, flops);
+            let caches = Caches::new(device, self.sizes, near, &exact, pages)?;
+            let (bytes, flops) = (caches.bytes(&shape), 4 * context * shape.heads() * shape.head_dim);
+            let (plain, certified) = (caches.buffers(device, &shape, false)?, caches.buffers(device, &shape, true)?);
+            let mut turn = 0;
+            let seconds = self.time(|| caches.decode(device, &shape, &queries, &mut turn, None, &plain))?;
+            self.note_context(format!("decode_attention {}", near.name()), context, seconds, bytes, flops);
+            if near == Near::F16 {
+                continue;
+            }
             let seconds = self.time(|| {
-                decode(device, &shape, near, &inputs, &buffers)?;
-                device.download(&buffers.summaries).map(drop)
+                caches.decode(device, &shape, &queries, &mut turn, None, &certified)?;
+                device.download(&certified.summaries).map(drop)
             })?;
-            self.note(&format!("decode_attention {near:?}, bound read"), format!("{context} tokens"), seconds, bytes, flops);
+            self.note_context(format!("decode_attention {}, certified", near.name()), context, seconds, bytes, flops);
+            if near == Near::Int8Int4 {
+                let quarter = Quarter::new(device, &shape, pages)?;
+                let seconds = self.time(|| {
+                    quarter.choose(device, &shape, &caches, &queries, turn)?;
+                    caches.decode(device, &shape, &queries, &mut turn, Some(&quarter), &plain)
+                })?;
+                // The steps of the keys of every page, and a quarter of the pages.
+                let moved = bytes / 4 + shape.kv_heads * pages * 4 * shape.head_dim;
+                self.note_context(format!("decode_attention {}, top-k=0.25", near.name()), context, seconds, moved, flops / 4);
+            }
         }
         Ok(())
     }
@@ -243,6 +253,124 @@ impl<D: Device> Bench<'_, D> {
     }
 }
 
+/// As many caches of one length and format as the device does not keep in its own caches, read in turn. The last page of each is exact.
+struct Caches<'a, D: Device> {
+    near: Near,
+    pages: usize,
+    page_bytes: usize,
+    exact: &'a Buffer<D, u8>,
+    /// Exact or coded pages, cache by cache.
+    stored: Buffer<D, u8>,
+    /// Lists of all pages, and tables of their places, cache by cache.
+    lists: Vec<Buffer<D, u32>>,
+    lengths: Buffer<D, u32>,
+}
+
+impl<'a, D: Device> Caches<'a, D> {
+    fn new(device: &D, sizes: &Sizes, near: Near, exact: &'a Buffer<D, u8>, pages: usize) -> Result<Self> {
+        let shape = sizes.shape;
+        let page_bytes = near.page_bytes(&shape)?;
+        let slots: Vec<u32> = (0..(shape.kv_heads * pages) as u32).collect();
+        let bytes = slots.len() * page_bytes;
+        let count = sizes.cold_bytes.div_ceil(bytes).clamp(1, 64);
+        let stored = device.zeros(count * bytes)?;
+        if near == Near::F16 {
+            device.copy(exact, 0, &stored, 0, bytes)?;
+        } else {
+            let jobs = device.upload(&slots)?;
+            encode(device, &shape, near, exact, &stored, &jobs, &jobs, slots.len())?;
+        }
+        (1..count).try_for_each(|other| device.copy(&stored, 0, &stored, other * bytes, bytes))?;
+        let entry = |cache: usize, slot: u32| {
+            let (place, is_last) = (slot + (cache * slots.len()) as u32, slot as usize % pages == pages - 1);
+            if near == Near::F16 {
+                EXACT | place
+            } else if is_last {
+                EXACT | slot
+            } else {
+                place
+            }
+        };
+        let list = |cache| device.upload(&slots.iter().map(|slot| entry(cache, *slot)).collect::<Vec<_>>());
+        let lists = (0..count).map(list).collect::<Result<_>>()?;
+        let lengths = device.upload(&vec![pages as u32; shape.kv_heads])?;
+        Ok(Self { near, pages, page_bytes, exact, stored, lists, lengths })
+    }
+
+    fn bytes(&self, shape: &Shape) -> usize {
+        shape.kv_heads * self.pages * self.page_bytes
+    }
+
+    fn buffers(&self, device: &D, shape: &Shape, keeps_facts: bool) -> Result<DecodeBuffers<D>> {
+        let splits = num_splits(device, shape, self.near, self.pages)?;
+        DecodeBuffers::new(device, shape, self.pages, splits, keeps_facts)
+    }
+
+    /// The next cache's turn, over all its pages or those of a quarter.
+    fn decode(
+        &self,
+        device: &D,
+        shape: &Shape,
+        queries: &Buffer<D, f32>,
+        turn: &mut usize,
+        quarter: Option<&Quarter<D>>,
+        buffers: &DecodeBuffers<D>,
+    ) -> Result<()> {
+        let every = (&self.lists[*turn % self.lists.len()], &self.lengths);
+        let (lists, list_lengths) = quarter.map_or(every, |quarter| (&quarter.lists, &quarter.lengths));
+        *turn += 1;
+        let exact_pages = if self.near == Near::F16 { &self.stored } else { self.exact };
+        let inputs = DecodeInputs {
+            queries,
+            exact_pages,
+            near_pages: &self.stored,
+            lists,
+            list_stride: self.pages,
+            list_lengths,
+            last_tokens: PAGE,
+        };
+        decode(device, shape, self.near, &inputs, buffers)
+    }
+}
+
+/// The choice of a quarter of the pages by their shares.
+struct Quarter<D: Device> {
+    pages: Pages,
+    bounds: Bounds<D>,
+    ranks: Buffer<D, u32>,
+    chosen: Buffer<D, u32>,
+    slots: Buffer<D, u32>,
+    lists: Buffer<D, u32>,
+    lengths: Buffer<D, u32>,
+}
+
+impl<D: Device> Quarter<D> {
+    fn new(device: &D, shape: &Shape, stride: usize) -> Result<Self> {
+        let pages = Pages { rows: 1, count: stride - 1, stride };
+        let places = shape.kv_heads * stride;
+        Ok(Self {
+            pages,
+            bounds: Bounds::new(device, shape, 1, stride)?,
+            ranks: device.alloc(places)?,
+            chosen: device.alloc(shape.kv_heads * pages.words())?,
+            slots: device.upload(&(0..places as u32).collect::<Vec<_>>())?,
+            lists: device.zeros(places)?,
+            lengths: device.zeros(shape.kv_heads)?,
+        })
+    }
+
+    fn choose(&self, device: &D, shape: &Shape, caches: &Caches<'_, D>, queries: &Buffer<D, f32>, turn: usize) -> Result<()> {
+        let entries = &caches.lists[turn % caches.lists.len()];
+        let inputs = BoundsInputs { queries, first_row: 0, boxes: Boxes::Coded(&caches.stored), table: entries };
+        page_bounds(device, shape, self.pages, &inputs, &self.bounds)?;
+        rank_pages(device, shape, self.pages, Ranking::Share, &self.bounds, &self.ranks)?;
+        let lists = Lists { entries, slots: &self.slots, lists: &self.lists, lengths: &self.lengths };
+        let choices = Choices { chosen: &self.chosen, first_row: 0, lists: Some(lists) };
+        let selection = Selection { budget: self.pages.stride.div_ceil(4), sinks: 1, window: 1 };
+        select_pages(device, shape, self.pages, selection, Some(&self.ranks), &choices)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -252,9 +380,12 @@ mod tests {
     fn every_figure_is_measured() {
         let Some(device) = Emulated::new() else { return };
         let shape = Shape { kv_heads: 1, group: 2, head_dim: 16 };
-        let sizes = Sizes { copy_bytes: 1 << 16, outputs: 8, inputs: 64, rows: 64, shape, contexts: vec![128], seconds: 0.0 };
-        let found = measure(&device.in_order(Order::Forward), &sizes).unwrap();
+        let sizes =
+            Sizes { copy_bytes: 1 << 16, outputs: 8, inputs: 64, rows: 64, shape, contexts: vec![128], cold_bytes: 40_000, seconds: 0.0 };
+        let mut found = vec![];
+        measure(&device.in_order(Order::Forward), &sizes, |one| found.push(one)).unwrap();
         assert_eq!(found.len(), 1 + 5 + 1 + 6 + 1);
+        assert_eq!(found.iter().filter(|one| one.context == Some(128)).count(), 6);
         assert!((found[0].of_copy - 1.0).abs() < 1e-9);
         assert!(found.iter().all(|one| one.microseconds > 0.0 && one.gbytes_per_second > 0.0), "{found:?}");
     }

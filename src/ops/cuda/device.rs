@@ -27,6 +27,12 @@ pub trait Device: Send + Sync + Sized {
     /// How many multiprocessors run blocks side by side.
     fn multiprocessors(&self) -> u32;
 
+    /// How many blocks of a kernel, of `block` threads with `shared_bytes` of dynamic shared memory each, the device runs side by side.
+    ///
+    /// # Errors
+    /// When the kernel cannot be loaded or given so much.
+    fn resident_blocks(&self, kernel: &str, block: u32, shared_bytes: u32) -> Result<u32>;
+
     /// Bytes of the device's own memory: free, and in all.
     ///
     /// # Errors

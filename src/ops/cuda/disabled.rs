@@ -30,6 +30,10 @@ impl Device for Cuda {
         match self.0 {}
     }
 
+    fn resident_blocks(&self, _: &str, _: u32, _: u32) -> Result<u32> {
+        match self.0 {}
+    }
+
     fn room(&self) -> Result<(usize, usize)> {
         match self.0 {}
     }

@@ -73,7 +73,26 @@ impl Cuda {
         let device = candle_core::Device::new_cuda_with_stream(ordinal).map_err(open)?;
         let stream = device.as_cuda_device().map_err(open)?.cuda_stream();
         let folder = env::var_os("OSPREY_KERNELS").map(PathBuf::from);
-        Ok(Self { device, stream, ordinal, folder, loaded: Mutex::default() })
+        let opened = Self { device, stream, ordinal, folder, loaded: Mutex::default() };
+        opened.keep_memory()?;
+        Ok(opened)
+    }
+
+    /// Lets freed memory stay with the process: by default the driver returns it to the system whenever the host waits for the device, so
+    /// that small buffers of every step would cost a system call each.
+    fn keep_memory(&self) -> Result<()> {
+        let context = self.stream.context();
+        if !context.has_async_alloc() {
+            return Ok(());
+        }
+        let mut threshold = u64::MAX;
+        // SAFETY: the context's own device and its default pool; the attribute is a 64-bit integer, which outlives the call.
+        let set = unsafe {
+            let pool = result::device::get_default_mem_pool(context.cu_device());
+            let attribute = sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+            pool.and_then(|pool| result::mem_pool::set_attribute(pool, attribute, (&raw mut threshold).cast()))
+        };
+        set.map_err(|error| self.failed("keep memory", error))
     }
 
     /// Candle's view of the same GPU and stream.
@@ -184,11 +203,23 @@ impl Device for Cuda {
 
     fn describe(&self) -> String {
         let name = self.stream.context().name().unwrap_or_else(|_| "GPU".to_owned());
-        format!("cuda:{} ({name})", self.ordinal)
+        let [major, minor] = [
+            CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+            CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+        ]
+        .map(|attribute| self.attribute(attribute).map_or_else(|| "?".to_owned(), |number| number.to_string()));
+        format!("cuda:{} ({name}, compute capability {major}.{minor})", self.ordinal)
     }
 
     fn multiprocessors(&self) -> u32 {
         self.attribute(CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT).unwrap_or(1)
+    }
+
+    fn resident_blocks(&self, kernel: &str, block: u32, shared_bytes: u32) -> Result<u32> {
+        let function = self.kernel(kernel, shared_bytes)?;
+        let each = function.occupancy_max_active_blocks_per_multiprocessor(block, shared_bytes as usize, None);
+        let each = each.map_err(|error| self.failed(&format!("tell how many blocks of {kernel} fit"), error))?;
+        Ok(each.max(1) * self.multiprocessors())
     }
 
     fn room(&self) -> Result<(usize, usize)> {

@@ -11,7 +11,7 @@ const PARTIAL_HEAD: usize = 8;
 /// Floats of a [`Summary`].
 const SUMMARY: usize = 12;
 /// Floats of a [`PageFacts`].
-const PAGE_FACTS: usize = 4;
+const PAGE_FACTS: usize = 8;
 const WARPS: usize = 4;
 /// Query heads one block takes.
 const QUERIES: usize = 8;
@@ -40,21 +40,21 @@ pub struct DecodeBuffers<D: Device> {
     pub output: Buffer<D, f32>,
     /// `[heads, 12]`, see [`Summary`].
     pub summaries: Buffer<D, f32>,
-    /// `[heads, list_stride, 4]`, see [`PageFacts`].
-    pub page_facts: Buffer<D, f32>,
+    /// `[heads, list_stride, 8]`, see [`PageFacts`]; none where nobody recovers.
+    pub page_facts: Option<Buffer<D, f32>>,
     partials: Buffer<D, f32>,
     splits: usize,
     list_stride: usize,
 }
 
 impl<D: Device> DecodeBuffers<D> {
-    /// For lists of up to `list_stride` pages, cut into `splits` parts (at most 1024).
-    pub fn new(device: &D, shape: &Shape, list_stride: usize, splits: usize) -> Result<Self> {
+    /// For lists of up to `list_stride` pages, cut into `splits` parts (at most 1024); `keeps_facts` of every page or not.
+    pub fn new(device: &D, shape: &Shape, list_stride: usize, splits: usize, keeps_facts: bool) -> Result<Self> {
         let (heads, splits) = (shape.heads(), splits.clamp(1, MAX_SPLITS));
         Ok(Self {
             output: device.alloc(heads * shape.head_dim)?,
             summaries: device.alloc(heads * SUMMARY)?,
-            page_facts: device.alloc(heads * list_stride * PAGE_FACTS)?,
+            page_facts: keeps_facts.then(|| device.alloc(heads * list_stride * PAGE_FACTS)).transpose()?,
             partials: device.alloc(heads * splits * (PARTIAL_HEAD + shape.width()?))?,
             splits,
             list_stride,
@@ -62,11 +62,20 @@ impl<D: Device> DecodeBuffers<D> {
     }
 }
 
-/// Parts to cut lists of `pages` pages into on a device with `processors` multiprocessors: two or more blocks for each, but no part
-/// shorter than four pages, which is one for every warp.
-pub fn num_splits(shape: &Shape, pages: usize, processors: usize) -> usize {
-    let blocks = shape.kv_heads * shape.group.div_ceil(QUERIES);
-    (3 * processors).div_ceil(blocks).min(pages.div_ceil(WARPS)).clamp(1, MAX_SPLITS)
+/// Parts to cut lists of `pages` pages into: as many blocks as the device runs side by side and not one more, which would begin when the
+/// others are done; but no part shorter than four pages, which is one for every warp.
+///
+/// # Errors
+/// When the kernel cannot be loaded.
+pub fn num_splits<D: Device>(device: &D, shape: &Shape, near: Near, pages: usize) -> Result<usize> {
+    let (width, blocks) = (shape.width()?, shape.kv_heads * shape.group.div_ceil(QUERIES));
+    let resident =
+        device.resident_blocks(&kernel(near, width), fits(32 * WARPS, "threads")?, fits(shared_bytes(width), "shared memory")?)?;
+    Ok((resident as usize / blocks).min(pages.div_ceil(WARPS)).clamp(1, MAX_SPLITS))
+}
+
+fn kernel(near: Near, width: usize) -> String {
+    format!("decode_attention_{}_{width}", near.name())
 }
 
 /// The answer of one query head beside its output.
@@ -111,13 +120,20 @@ pub struct PageFacts {
     pub mean_square: f32,
     /// At least max_t norm(v_t - vhat_t); 0 for an exact page.
     pub value_error: f32,
+    /// sum_t p_t^2 / (sum_t p_t)^2 over the page's weights; 0 for an exact page, as what follows.
+    pub concentration: f32,
+    /// Variance of a score's error.
+    pub score_variance: f32,
+    /// Mean of norm(v_t - vhat_t)^2.
+    pub value_mean_square: f32,
 }
 
 impl PageFacts {
     /// Page `entry` of query head `head` in downloaded facts.
     pub fn of(facts: &[f32], list_stride: usize, head: usize, entry: usize) -> Self {
-        let [log_mass, score_error, mean_square, value_error] = facts.as_chunks::<PAGE_FACTS>().0[head * list_stride + entry];
-        Self { log_mass, score_error, mean_square, value_error }
+        let [log_mass, score_error, mean_square, value_error, concentration, score_variance, value_mean_square, _] =
+            facts.as_chunks::<PAGE_FACTS>().0[head * list_stride + entry];
+        Self { log_mass, score_error, mean_square, value_error, concentration, score_variance, value_mean_square }
     }
 
     /// The page's part of the error; over all pages these sum to a bound of their own, up to the rounding in `summary.bound`:
@@ -126,6 +142,13 @@ impl PageFacts {
         let rho = (self.log_mass - summary.lse).exp();
         let spread = self.mean_square.sqrt() + summary.norm;
         rho * (self.score_error.exp() * self.value_error + self.score_error.exp_m1() * spread) / summary.mass_low
+    }
+
+    /// The page's part of the meter's square that its keys and its values have. Those of keys are in proportion only: the page does not know
+    /// its values' distances from the output.
+    pub fn squares(&self, summary: &Summary) -> [f32; 2] {
+        let squares = (2.0 * (self.log_mass - summary.lse)).exp() * self.concentration;
+        [squares * self.score_variance * (self.mean_square + summary.norm * summary.norm), squares * self.value_mean_square]
     }
 }
 
@@ -137,7 +160,7 @@ pub fn decode<D: Device>(device: &D, shape: &Shape, near: Near, inputs: &DecodeI
     let (splits, kv_heads, group) = (fits(buffers.splits, "splits")?, fits(shape.kv_heads, "kv_heads")?, fits(shape.group, "group")?);
     let (stride, head_dim) = (fits(inputs.list_stride, "pages")?, fits(shape.head_dim, "head_dim")?);
     let last_tokens = fits(inputs.last_tokens, "tokens")?;
-    let kernel = format!("decode_attention_{}_{width}", near.name());
+    let kernel = kernel(near, width);
     let args = arguments![
         inputs.queries,
         inputs.exact_pages,
@@ -145,7 +168,7 @@ pub fn decode<D: Device>(device: &D, shape: &Shape, near: Near, inputs: &DecodeI
         inputs.lists,
         inputs.list_lengths,
         &buffers.partials,
-        &buffers.page_facts,
+        buffers.page_facts.as_ref(),
         last_tokens,
         stride,
         group,
@@ -194,15 +217,15 @@ mod tests {
             list_lengths: &device.upload(&vec![pages.len() as u32; shape.kv_heads]).unwrap(),
             last_tokens,
         };
-        let buffers = DecodeBuffers::new(device, shape, stride, splits).unwrap();
+        let buffers = DecodeBuffers::new(device, shape, stride, splits, true).unwrap();
         decode(device, shape, cache.near, &inputs, &buffers).unwrap();
         let [output, summaries, facts] =
-            [&buffers.output, &buffers.summaries, &buffers.page_facts].map(|buffer| device.download(buffer).unwrap());
+            [&buffers.output, &buffers.summaries, buffers.page_facts.as_ref().unwrap()].map(|buffer| device.download(buffer).unwrap());
         Answer { output, summaries, facts }
     }
 
     /// Compares with attention over what the pages decode to, and with attention over exact pages.
-    fn check(cache: &Cache, queries: &[f32], pages: &[(usize, bool)], answer: &Answer) {
+    fn check(cache: &Cache, queries: &[f32], pages: &[(usize, bool)], splits: usize, answer: &Answer) {
         let (shape, width) = (&cache.shape, cache.shape.head_dim);
         for head in 0..shape.heads() {
             let (seen, exact) = cache.seen(head / shape.group, pages);
@@ -230,6 +253,7 @@ mod tests {
                 assert!(error <= bound, "{context}: error {error}");
             }
             check_facts(cache, query, pages, answer, head, lse, error);
+            check_meter(cache, query, pages, splits, answer, head, lse);
         }
     }
 
@@ -257,29 +281,46 @@ mod tests {
         }
         let rounding = 1e-3 * f64::from(summary.norm + summary.spread) * f64::from(summary.mass_low).recip();
         assert!(error <= shares + rounding, "{shares} {summary:?}");
-        let meter = expected_meter(cache, query, pages, head, lse, f64::from(summary.norm));
-        assert!((f64::from(summary.meter) - meter).abs() <= 2e-3 * meter, "{meter} {summary:?}");
         // The bound of the whole list taken as one part; more parts only lower it.
         let whole = (value_term + key_squares.sqrt() * f64::from(summary.spread)) / low;
         assert!(f64::from(summary.bound) <= 1.01 * whole + rounding, "{whole} {summary:?}");
     }
 
-    /// The meter's formula in f64, with the norms of decoded values rounded up as the pages have them.
-    fn expected_meter(cache: &Cache, query: &[f32], pages: &[(usize, bool)], head: usize, lse: f64, norm_of_output: f64) -> f64 {
-        let width = query.len();
-        let mut sum = 0.0;
-        for page in pages.iter().filter(|page| cache.near != Near::F16 && !page.1 && page.0 < cache.count / PAGE) {
-            let exact = cache.seen(head / cache.shape.group, &[*page]).1;
-            let coded = coded(cache.near, &cache.shape, &exact);
-            let variance = coded.score_variance(query);
-            for (token, key) in coded.head.keys.chunks_exact(width).enumerate() {
-                let score = query.iter().zip(key).map(|(q, k)| f64::from(*q) * f64::from(*k)).sum::<f64>() / (width as f64).sqrt();
-                let weight = (score - lse).exp();
-                let distance = coded.value_norms[token].powi(2) + norm_of_output.powi(2);
-                sum += weight.powi(2) * (variance * distance + coded.value_mean_square);
+    /// The meter's formula in f64, part by part of the list.
+    fn check_meter(cache: &Cache, query: &[f32], pages: &[(usize, bool)], splits: usize, answer: &Answer, head: usize, lse: f64) {
+        let (width, summary) = (query.len(), Summary::of(&answer.summaries, head));
+        let output = &answer.output[head * width..][..width];
+        let (mut square, mut slack, mut by_page) = (0.0, 0.0, [0.0, 0.0]);
+        for (part, list) in pages.chunks(pages.len().div_ceil(splits)).enumerate() {
+            let [mut mass, mut dispersion, mut largest, mut of_keys, mut of_values] = [0.0; 5];
+            for (index, page) in list.iter().enumerate() {
+                let (seen, exact) = cache.seen(head / cache.shape.group, &[*page]);
+                let is_near = cache.near != Near::F16 && !page.1 && page.0 < cache.count / PAGE;
+                let errors = is_near
+                    .then(|| coded(cache.near, &cache.shape, &exact))
+                    .map(|coded| (coded.score_variance(query), coded.value_mean_square));
+                let (variance, value_square) = errors.unwrap_or_default();
+                for (key, value) in seen.keys.chunks_exact(width).zip(seen.values.chunks_exact(width)) {
+                    let score = query.iter().zip(key).map(|(q, k)| f64::from(*q) * f64::from(*k)).sum::<f64>() / (width as f64).sqrt();
+                    let weight = (score - lse).exp();
+                    let between = value.iter().zip(output).map(|(v, o)| (f64::from(*v) - f64::from(*o)).powi(2)).sum::<f64>();
+                    (mass, dispersion) = (mass + weight, dispersion + weight * between);
+                    largest += weight * value.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>();
+                    (of_keys, of_values) = (of_keys + weight * weight * variance, of_values + weight * weight * value_square);
+                }
+                let at = part * pages.len().div_ceil(splits) + index;
+                let squares = PageFacts::of(&answer.facts, pages.len() + 2, head, at).squares(&summary);
+                by_page = [by_page[0] + f64::from(squares[0]), by_page[1] + f64::from(squares[1])];
             }
+            let spread = of_keys / mass;
+            (square, slack) =
+                (square + of_values + spread * dispersion, slack + spread * (largest + mass * f64::from(summary.norm).powi(2)));
+            by_page[1] -= of_values;
         }
-        sum.sqrt()
+        let meter = f64::from(summary.meter);
+        // Stored norms are rounded up by as much as 2^-9, which weighs more where values cancel.
+        assert!((meter * meter - square).abs() <= 4e-3 * (square + slack), "{} {summary:?}", square.sqrt());
+        assert!(by_page[1].abs() <= 1e-3 * square && (by_page[0] > 0.0) == (slack > 0.0), "{by_page:?} {square} {slack}");
     }
 
     #[test]
@@ -325,7 +366,7 @@ mod tests {
             let cache = Cache::new(&device, &mut draw, shape, near, tokens);
             let queries = queries(&mut draw, &shape);
             let pages = listed(&mut draw, &cache, 3);
-            check(&cache, &queries, &pages, &answer(&device, &cache, &queries, &pages, splits));
+            check(&cache, &queries, &pages, splits, &answer(&device, &cache, &queries, &pages, splits));
         }
     }
 

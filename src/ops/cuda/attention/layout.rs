@@ -56,7 +56,7 @@ impl Near {
     pub const ALL: [Near; 3] = [Near::F16, Near::Fp8, Near::Int8Int4];
 
     /// As it stands in kernels' names.
-    pub(super) fn name(self) -> &'static str {
+    pub fn name(self) -> &'static str {
         match self {
             Near::F16 => "f16",
             Near::Fp8 => "fp8",

@@ -21,6 +21,9 @@ mod testing;
 pub use append::{Rows, append, encode};
 pub use decode::{DecodeBuffers, DecodeInputs, PageFacts, Summary, decode, num_splits};
 pub use layout::{EXACT, Near, PAGE, Shape, exact_page, exact_page_bytes, exact_rows};
-pub use prefill::{PrefillInputs, prefill};
+pub use prefill::{Masks, PrefillInputs, prefill};
 pub use rotate::{Turn, rotate};
-pub use select::{BoundsInputs, Selection, box_bytes, page_bounds, page_boxes, select_pages, unread_bound};
+pub use select::{
+    Bounds, BoundsInputs, Boxes, Choices, Lists, Pages, Ranking, Selection, box_bytes, page_bounds, page_boxes, rank_pages, select_pages,
+    unite_rows, unread_bound,
+};

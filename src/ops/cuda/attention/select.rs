@@ -1,61 +1,136 @@
 //! Which pages a query reads. Tang et al. 2024 (Quest), arXiv:2406.10774. Kernels: `kernels/page_select.cu`.
 
-use super::layout::{Near, Shape};
+use super::layout::{PAGE, Shape};
 use crate::arguments;
 use crate::error::Result;
 use crate::ops::cuda::{Buffer, Device, fits};
 
-/// Bytes of a page's box, which [`page_boxes`] makes for formats whose near pages have none.
-pub fn box_bytes(shape: &Shape) -> Result<usize> {
-    Ok(16 + 4 * shape.width()?)
+/// Bytes of a page's boxes, which [`page_boxes`] makes.
+pub fn box_bytes(shape: &Shape, boxes_per_page: usize) -> Result<usize> {
+    Ok(16 + 4 * shape.width()? * boxes_per_page)
 }
 
-/// Makes boxes of full exact pages: job i reads exact slot `sources[i]` and writes box `targets[i]`.
+/// Makes boxes of full exact pages, one around the keys of each of `boxes_per_page` runs of tokens (a divisor of 64): job i reads exact
+/// slot `sources[i]` and writes boxes `targets[i]`.
+#[expect(clippy::too_many_arguments, reason = "one per buffer")]
 pub fn page_boxes<D: Device>(
     device: &D,
     shape: &Shape,
+    boxes_per_page: usize,
     exact_pages: &Buffer<D, u8>,
     boxes: &Buffer<D, u8>,
     sources: &Buffer<D, u32>,
     targets: &Buffer<D, u32>,
     jobs: usize,
 ) -> Result<()> {
-    let args = arguments![exact_pages, boxes, sources, targets, fits(shape.width()?, "head_dim")?];
+    assert!(boxes_per_page > 0 && PAGE.is_multiple_of(boxes_per_page), "boxes cut a page into equal runs");
+    let [width, per_page] = [fits(shape.width()?, "head_dim")?, fits(boxes_per_page, "boxes")?];
+    let args = arguments![exact_pages, boxes, sources, targets, width, per_page];
     device.launch("kv_page_box", [fits(jobs, "pages")?, 1, 1], [256, 1, 1], 0, args)
+}
+
+/// Rows (tokens) on one page, and the full pages before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pages {
+    pub rows: usize,
+    pub count: usize,
+    /// Pages that tables have room for.
+    pub stride: usize,
+}
+
+impl Pages {
+    /// Words of a mask with a bit for every page.
+    pub fn words(&self) -> usize {
+        self.stride.div_ceil(32)
+    }
+
+    fn arguments(&self) -> Result<[u32; 2]> {
+        Ok([fits(self.count, "pages")?, fits(self.stride, "pages")?])
+    }
+
+    /// A thread per page, in whole warps.
+    fn block(&self, most: usize) -> [u32; 3] {
+        [self.count.next_multiple_of(32).clamp(32, most) as u32, 1, 1]
+    }
+
+    fn grid(&self, first: usize) -> Result<[u32; 3]> {
+        Ok([fits(first, "heads")?, fits(self.rows, "tokens")?, 1])
+    }
+}
+
+/// Boxes that hold the keys of pages.
+pub enum Boxes<'a, D: Device> {
+    /// Near pages of [`super::Near::Int8Int4`]: one box each, from the steps of their channels.
+    Coded(&'a Buffer<D, u8>),
+    /// What [`page_boxes`] made.
+    Stored { boxes: &'a Buffer<D, u8>, per_page: usize },
 }
 
 /// What [`page_bounds`] reads.
 pub struct BoundsInputs<'a, D: Device> {
-    /// `[heads, head_dim]`, after RoPE.
+    /// `[.., heads, head_dim]`, after RoPE.
     pub queries: &'a Buffer<D, f32>,
-    /// The near pages of [`Near::Int8Int4`]; boxes for the other formats.
-    pub boxes: &'a Buffer<D, u8>,
-    /// `[kv_heads, stride]` slots of the boxes (near slots, or slots of boxes) of pages 0, 1, ...
+    /// The row of `queries` to begin with.
+    pub first_row: usize,
+    pub boxes: Boxes<'a, D>,
+    /// `[kv_heads, stride]` slots of pages 0, 1, ... among the boxes.
     pub table: &'a Buffer<D, u32>,
-    pub stride: usize,
-    /// Full pages before the page under way.
-    pub pages: usize,
 }
 
-/// Writes `bounds` (`[heads, stride]`, at least the largest score of each page) and `value_norms` (`[kv_heads, stride]`, at least the
-/// largest norm of its values).
-pub fn page_bounds<D: Device>(
+/// What pages can hold at most.
+pub struct Bounds<D: Device> {
+    /// At least a head's largest score with a key of a page, `[rows, heads, stride]`.
+    pub scores: Buffer<D, f32>,
+    /// At least the largest norm of a value of a page, `[kv_heads, stride]`.
+    pub value_norms: Buffer<D, f32>,
+}
+
+impl<D: Device> Bounds<D> {
+    /// Room for up to `rows` rows.
+    pub fn new(device: &D, shape: &Shape, rows: usize, stride: usize) -> Result<Self> {
+        Ok(Self { scores: device.alloc(rows * shape.heads() * stride)?, value_norms: device.alloc(shape.kv_heads * stride)? })
+    }
+}
+
+/// Bounds the pages of `pages`.
+pub fn page_bounds<D: Device>(device: &D, shape: &Shape, pages: Pages, inputs: &BoundsInputs<'_, D>, bounds: &Bounds<D>) -> Result<()> {
+    let (kernel, boxes, per_page) = match inputs.boxes {
+        Boxes::Coded(pages) => ("page_bounds_int8_int4", pages, 1),
+        Boxes::Stored { boxes, per_page } => ("page_bounds_box", boxes, fits(per_page, "boxes")?),
+    };
+    let [count, stride] = pages.arguments()?;
+    let (group, head_dim, width) = (fits(shape.group, "group")?, fits(shape.head_dim, "head_dim")?, fits(shape.width()?, "head_dim")?);
+    let queries = inputs.queries.at(inputs.first_row * shape.heads() * shape.head_dim);
+    let (scores, norms) = (&bounds.scores, &bounds.value_norms);
+    let args = arguments![queries, boxes, inputs.table, scores, norms, count, stride, group, head_dim, width, per_page];
+    let grid = [count.div_ceil(4), fits(shape.kv_heads, "kv_heads")?, fits(pages.rows, "tokens")?];
+    device.launch(kernel, grid, [128, 1, 1], 0, args)
+}
+
+/// What pages are ordered by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ranking {
+    /// The largest bound of a head of the group.
+    Largest,
+    /// Shares of each head's softmax over the bounds of all pages, added up over the heads of the group.
+    Share,
+}
+
+/// Writes `ranks` (`[rows, kv_heads, stride]`): larger is read first.
+pub fn rank_pages<D: Device>(
     device: &D,
     shape: &Shape,
-    near: Near,
-    inputs: &BoundsInputs<'_, D>,
-    bounds: &Buffer<D, f32>,
-    value_norms: &Buffer<D, f32>,
+    pages: Pages,
+    ranking: Ranking,
+    bounds: &Bounds<D>,
+    ranks: &Buffer<D, u32>,
 ) -> Result<()> {
-    let kernel = if near == Near::Int8Int4 { "page_bounds_int8_int4" } else { "page_bounds_box" };
-    let (pages, stride) = (fits(inputs.pages, "pages")?, fits(inputs.stride, "pages")?);
-    let (group, head_dim) = (fits(shape.group, "group")?, fits(shape.head_dim, "head_dim")?);
-    let width = fits(shape.width()?, "head_dim")?;
-    let args = arguments![inputs.queries, inputs.boxes, inputs.table, bounds, value_norms, pages, stride, group, head_dim, width];
-    device.launch(kernel, [pages.div_ceil(4), fits(shape.kv_heads, "kv_heads")?, 1], [128, 1, 1], 0, args)
+    let [count, stride] = pages.arguments()?;
+    let args = arguments![&bounds.scores, ranks, count, stride, fits(shape.group, "group")?, u32::from(ranking == Ranking::Share)];
+    device.launch("rank_pages", pages.grid(shape.kv_heads)?, pages.block(1024), 0, args)
 }
 
-/// How many pages a query reads beside the page under way.
+/// How many pages a row reads beside its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Selection {
     /// In all, sinks and window included; never fewer than those.
@@ -66,95 +141,191 @@ pub struct Selection {
     pub window: usize,
 }
 
-/// Writes lists for [`super::decode`]: chosen pages in their order, then the page under way.
-///
-/// `bounds`: as [`page_bounds`] wrote them; those of chosen pages become -infinity. `entries`: `[kv_heads, stride]`, the entry of every
-/// page and, at index `pages`, of the page under way. `lists`: `[kv_heads, list_stride]`, with room for `pages + 1`.
-#[expect(clippy::too_many_arguments, reason = "one per buffer")]
+/// Where [`select_pages`] puts what it chose.
+pub struct Choices<'a, D: Device> {
+    /// `[.., kv_heads, words]`: bit p of a row's words says that it reads page p.
+    pub chosen: &'a Buffer<D, u32>,
+    /// The row of `chosen` to begin with.
+    pub first_row: usize,
+    pub lists: Option<Lists<'a, D>>,
+}
+
+/// Lists for [`super::decode`]: chosen pages in their order, then the row's own.
+pub struct Lists<'a, D: Device> {
+    /// `[kv_heads, stride]` entries of full pages.
+    pub entries: &'a Buffer<D, u32>,
+    /// `[kv_heads, stride]` exact slots, of which that of the row's own page is read.
+    pub slots: &'a Buffer<D, u32>,
+    /// `[rows, kv_heads, stride]`
+    pub lists: &'a Buffer<D, u32>,
+    /// `[rows, kv_heads]`
+    pub lengths: &'a Buffer<D, u32>,
+}
+
+/// Chooses pages. Without `ranks` only sinks and window are read.
 pub fn select_pages<D: Device>(
     device: &D,
     shape: &Shape,
+    pages: Pages,
     selection: Selection,
-    bounds: &Buffer<D, f32>,
-    entries: &Buffer<D, u32>,
-    (pages, stride): (usize, usize),
-    lists: &Buffer<D, u32>,
-    list_stride: usize,
-    list_lengths: &Buffer<D, u32>,
+    ranks: Option<&Buffer<D, u32>>,
+    choices: &Choices<'_, D>,
 ) -> Result<()> {
-    assert!(pages < stride.max(1), "no place for the page under way");
-    let [pages, stride, list_stride] = [fits(pages, "pages")?, fits(stride, "pages")?, fits(list_stride, "pages")?];
+    assert!(pages.count < pages.stride.max(1), "no place for the row's own page");
+    let [count, stride] = pages.arguments()?;
     let [budget, sinks, window] = [selection.budget, selection.sinks, selection.window].map(|count| count.min(1 << 30) as u32);
-    let group = fits(shape.group, "group")?;
-    let args = arguments![bounds, entries, lists, list_lengths, pages, stride, list_stride, group, budget, sinks, window];
-    device.launch("select_pages", [fits(shape.kv_heads, "kv_heads")?, 1, 1], [256, 1, 1], 0, args)
+    let lists = choices.lists.as_ref();
+    let args = arguments![
+        ranks,
+        lists.map(|lists| lists.entries),
+        lists.map(|lists| lists.slots),
+        lists.map(|lists| lists.lists),
+        lists.map(|lists| lists.lengths),
+        choices.chosen.at(choices.first_row * shape.kv_heads * pages.words()),
+        count,
+        stride,
+        stride,
+        fits(pages.words(), "pages")?,
+        budget,
+        sinks,
+        window
+    ];
+    device.launch("select_pages", pages.grid(shape.kv_heads)?, [256, 1, 1], 0, args)
 }
 
-/// Bounds what skipping pages did to each head's output: [`super::Summary::unread`] in `summaries`, after [`select_pages`] and
-/// [`super::decode`] over its lists.
+/// Makes `masks` (`[kv_heads, tiles, words]`) for [`super::prefill`] of what `rows` rows from `first_position` on have `chosen`
+/// (`[rows, kv_heads, words]`).
+pub fn unite_rows<D: Device>(
+    device: &D,
+    shape: &Shape,
+    chosen: &Buffer<D, u32>,
+    masks: &Buffer<D, u32>,
+    rows: usize,
+    first_position: usize,
+    words: usize,
+) -> Result<()> {
+    let tiles = if rows == 0 { 0 } else { (first_position % PAGE + rows).div_ceil(PAGE) };
+    let args = arguments![chosen, masks, fits(rows, "tokens")?, fits(first_position, "position")?, fits(words, "pages")?];
+    device.launch("unite_rows", [fits(tiles, "tokens")?, fits(shape.kv_heads, "kv_heads")?, 1], [64, 1, 1], 0, args)
+}
+
+/// Bounds what skipping pages did to each head's output of one row: [`super::Summary::unread`] in `summaries`, after [`super::decode`] over
+/// what was `chosen` (`[kv_heads, words]`).
 pub fn unread_bound<D: Device>(
     device: &D,
     shape: &Shape,
-    bounds: &Buffer<D, f32>,
-    value_norms: &Buffer<D, f32>,
-    (pages, stride): (usize, usize),
+    pages: Pages,
+    bounds: &Bounds<D>,
+    chosen: &Buffer<D, u32>,
     summaries: &Buffer<D, f32>,
 ) -> Result<()> {
-    let args = arguments![bounds, value_norms, summaries, fits(pages, "pages")?, fits(stride, "pages")?, fits(shape.group, "group")?];
-    device.launch("unread_bound", [fits(shape.heads(), "heads")?, 1, 1], [128, 1, 1], 0, args)
+    let ([count, stride], words) = (pages.arguments()?, fits(pages.words(), "pages")?);
+    let args = arguments![&bounds.scores, &bounds.value_norms, chosen, summaries, count, stride, words, fits(shape.group, "group")?];
+    device.launch("unread_bound", [fits(shape.heads(), "heads")?, 1, 1], pages.block(512), 0, args)
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::reference::attend;
     use super::super::testing::{Cache, Draw, Tokens, distance};
-    use super::super::{DecodeBuffers, DecodeInputs, PAGE, Summary, decode};
+    use super::super::{DecodeBuffers, DecodeInputs, EXACT, Near, Summary, decode};
     use super::*;
     use crate::ops::cuda::Emulated;
 
     /// The rule, written plainly.
-    fn chosen(bounds: &[Vec<f32>], pages: usize, selection: Selection) -> Vec<usize> {
-        let score = |page: usize| bounds.iter().map(|head| head[page]).fold(f32::NEG_INFINITY, f32::max);
-        let forced = |page: &usize| *page < selection.sinks || page + selection.window >= pages;
-        let mut free: Vec<usize> = (0..pages).filter(|page| !forced(page)).collect();
-        free.sort_by(|a, b| score(*b).total_cmp(&score(*a)).then(a.cmp(b)));
-        let always: Vec<usize> = (0..pages).filter(forced).collect();
+    fn chosen(scores: &[f64], selection: Selection) -> Vec<usize> {
+        let forced = |page: &usize| *page < selection.sinks || page + selection.window >= scores.len();
+        let mut free: Vec<usize> = (0..scores.len()).filter(|page| !forced(page)).collect();
+        free.sort_by(|a, b| scores[*b].total_cmp(&scores[*a]).then(a.cmp(b)));
+        let always: Vec<usize> = (0..scores.len()).filter(forced).collect();
         free.truncate(selection.budget.saturating_sub(always.len()));
         let mut all = [always, free].concat();
         all.sort_unstable();
         all
     }
 
+    /// What a group's pages are worth.
+    fn worth(ranking: Ranking, bounds: &[&[f32]]) -> Vec<f64> {
+        let of_head = |head: &[f32]| -> Vec<f64> {
+            let largest = head.iter().fold(f32::NEG_INFINITY, |most, bound| most.max(*bound));
+            let sum: f64 = head.iter().map(|bound| f64::from(bound - largest).exp()).sum();
+            head.iter().map(|bound| f64::from(bound - largest).exp() / sum).collect()
+        };
+        let heads: Vec<Vec<f64>> = match ranking {
+            Ranking::Largest => bounds.iter().map(|head| head.iter().map(|bound| f64::from(*bound)).collect()).collect(),
+            Ranking::Share => bounds.iter().map(|head| of_head(head)).collect(),
+        };
+        let add = |a: f64, b: f64| if ranking == Ranking::Largest { a.max(b) } else { a + b };
+        let first = if ranking == Ranking::Largest { f64::NEG_INFINITY } else { 0.0 };
+        (0..bounds[0].len()).map(|page| heads.iter().map(|head| head[page]).fold(first, add)).collect()
+    }
+
+    const CASES: [(usize, Selection); 8] = [
+        (0, Selection { budget: 4, sinks: 1, window: 1 }),
+        (1, Selection { budget: 0, sinks: 0, window: 0 }),
+        (5, Selection { budget: 9, sinks: 1, window: 1 }),
+        (40, Selection { budget: 10, sinks: 1, window: 2 }),
+        (300, Selection { budget: 75, sinks: 1, window: 2 }),
+        (600, Selection { budget: 0, sinks: 1, window: 1 }),
+        (257, Selection { budget: 257, sinks: 0, window: 0 }),
+        (70, Selection { budget: 20, sinks: 3, window: 30 }),
+    ];
+
     #[test]
     fn selection_follows_the_rule() {
         let Some(device) = Emulated::new() else { return };
-        let mut draw = Draw::new(21);
-        for (pages, budget, sinks, window) in
-            [(0, 4, 1, 1), (1, 0, 0, 0), (5, 9, 1, 1), (40, 10, 1, 2), (300, 75, 1, 2), (600, 0, 1, 1), (257, 257, 0, 0), (70, 20, 3, 30)]
-        {
-            let shape = Shape { kv_heads: 2, group: 3, head_dim: 16 };
-            let stride = pages + 2;
-            // Few distinct values, so that ties decide.
-            let bounds: Vec<f32> = (0..6 * stride).map(|_| (draw.normal() * 2.0).round() - 1.0).collect();
-            let entries: Vec<u32> = (0..2 * stride).map(|_| draw.below(1 << 20) as u32).collect();
-            let device_bounds = device.upload(&bounds).unwrap();
-            let (lists, lengths) = (device.zeros(2 * stride).unwrap(), device.zeros(2).unwrap());
-            let selection = Selection { budget, sinks, window };
-            let table = device.upload(&entries).unwrap();
-            select_pages(&device, &shape, selection, &device_bounds, &table, (pages, stride), &lists, stride, &lengths).unwrap();
-            let (lists, lengths, after) =
-                (device.download(&lists).unwrap(), device.download(&lengths).unwrap(), device.download(&device_bounds).unwrap());
-            for head in 0..2 {
-                let rows: Vec<Vec<f32>> = bounds[head * 3 * stride..][..3 * stride].chunks(stride).map(<[f32]>::to_vec).collect();
-                let pages_chosen = chosen(&rows, pages, selection);
-                let mut expected: Vec<u32> = pages_chosen.iter().map(|page| entries[head * stride + page]).collect();
-                expected.push(entries[head * stride + pages]);
-                assert_eq!(lists[head * stride..][..lengths[head] as usize], expected, "{pages} {selection:?}");
-                for page in 0..pages {
-                    let skipped = !pages_chosen.contains(&page);
-                    assert_eq!(after[head * 3 * stride + page] == rows[0][page], skipped);
-                }
+        let (mut draw, shape) = (Draw::new(21), Shape { kv_heads: 2, group: 3, head_dim: 16 });
+        for (index, (count, selection)) in CASES.into_iter().enumerate() {
+            let (rows, ranking) = (1 + index % 3, if index % 2 == 0 { Ranking::Largest } else { Ranking::Share });
+            let pages = Pages { rows, count, stride: count + 2 };
+            let lines = rows * shape.kv_heads;
+            // Few distinct values, so that ties decide; alike in all heads where sums of shares would round.
+            let mut scores: Vec<f32> = (0..3 * lines * pages.stride).map(|_| (draw.normal() * 2.0).round() - 1.0).collect();
+            if ranking == Ranking::Share {
+                scores.chunks_mut(3 * pages.stride).for_each(|group| {
+                    let (first, rest) = group.split_at_mut(pages.stride);
+                    rest.chunks_mut(pages.stride).for_each(|head| head.copy_from_slice(first));
+                });
             }
+            let bounds = Bounds { scores: device.upload(&scores).unwrap(), value_norms: device.zeros(0).unwrap() };
+            let mut table = || (0..2 * pages.stride).map(|_| draw.below(1 << 20) as u32).collect::<Vec<u32>>();
+            let (entries, slots) = (table(), table());
+            let ranks = device.alloc(lines * pages.stride).unwrap();
+            rank_pages(&device, &shape, pages, ranking, &bounds, &ranks).unwrap();
+            let (lists, lengths) = (device.zeros(lines * pages.stride).unwrap(), device.zeros(lines).unwrap());
+            let mask = device.zeros((lines + 2) * pages.words()).unwrap();
+            let (device_entries, device_slots) = (device.upload(&entries).unwrap(), device.upload(&slots).unwrap());
+            let lists_of = Lists { entries: &device_entries, slots: &device_slots, lists: &lists, lengths: &lengths };
+            let choices = Choices { chosen: &mask, first_row: 1, lists: Some(lists_of) };
+            select_pages(&device, &shape, pages, selection, Some(&ranks), &choices).unwrap();
+            let (lists, lengths, mask) =
+                (device.download(&lists).unwrap(), device.download(&lengths).unwrap(), device.download(&mask).unwrap());
+            for line in 0..lines {
+                let heads: Vec<&[f32]> = scores.chunks(pages.stride).skip(3 * line).take(3).map(|head| &head[..count]).collect();
+                let expected = chosen(&worth(ranking, &heads), selection);
+                let own = line % 2 * pages.stride;
+                let mut entries: Vec<u32> = expected.iter().map(|page| entries[own + page]).collect();
+                entries.push(EXACT | slots[own + count]);
+                assert_eq!(lists[line * pages.stride..][..lengths[line] as usize], entries, "{count} {selection:?}");
+                let words = &mask[(line + 2) * pages.words()..];
+                assert!((0..count).all(|page| (words[page / 32] >> (page % 32) & 1 == 1) == expected.contains(&page)));
+            }
+        }
+    }
+
+    #[test]
+    fn tiles_read_what_their_rows_read() {
+        let Some(device) = Emulated::new() else { return };
+        let (mut draw, shape) = (Draw::new(23), Shape { kv_heads: 2, group: 1, head_dim: 16 });
+        let (first, rows, words) = (40 * PAGE + 50, 100, 3);
+        let chosen: Vec<u32> = (0..rows * 2 * words).map(|_| 1 << draw.below(32)).collect();
+        let masks = device.zeros(2 * 3 * words).unwrap();
+        unite_rows(&device, &shape, &device.upload(&chosen).unwrap(), &masks, rows, first, words).unwrap();
+        let masks = device.download(&masks).unwrap();
+        for (head, (tile, rows)) in (0..2).flat_map(|head| [0..14, 14..78, 78..100].into_iter().enumerate().map(move |tile| (head, tile))) {
+            // Pages 0 to 39, 40 and 41 are before: two words.
+            let united = |word: usize| rows.clone().fold(0, |all, row| all | chosen[(row * 2 + head) * words + word]);
+            assert_eq!(masks[(head * 3 + tile) * words..][..words], [united(0), united(1), 0]);
         }
     }
 
@@ -162,57 +333,84 @@ mod tests {
     fn scores_values_and_what_is_skipped_are_bounded() {
         let Some(device) = Emulated::new() else { return };
         let mut draw = Draw::new(22);
-        for (near, head_dim, group) in [(Near::Int8Int4, 64, 4), (Near::Fp8, 40, 2), (Near::F16, 128, 1)] {
+        let cases =
+            [(Near::Int8Int4, 64, 4, None), (Near::Fp8, 40, 2, Some(1)), (Near::F16, 128, 1, Some(4)), (Near::Int8Int4, 80, 3, Some(8))];
+        for (near, head_dim, group, per_page) in cases {
             let shape = Shape { kv_heads: 2, group, head_dim };
             let tokens = Tokens::draw(&mut draw, &shape, 700);
             let cache = Cache::new(&device, &mut draw, shape, near, tokens);
-            let queries: Vec<f32> = (0..shape.heads() * head_dim).map(|_| draw.normal() * 1.5).collect();
+            let queries: Vec<f32> = (0..2 * shape.heads() * head_dim).map(|_| draw.normal() * 1.5).collect();
             let device_queries = device.upload(&queries).unwrap();
-            let (pages, stride) = (cache.pages() - 1, cache.pages() + 1);
+            let queries = &queries[shape.heads() * head_dim..];
+            let pages = Pages { rows: 1, count: cache.pages() - 1, stride: cache.pages() + 1 };
             let table = |entry: &dyn Fn(usize, usize) -> u32| {
-                let rows = (0..2).flat_map(|head| (0..stride).map(move |page| (head, page)));
-                let all: Vec<u32> = rows.map(|(head, page)| if page <= pages { entry(head, page) } else { 0 }).collect();
+                let cells = (0..2).flat_map(|head| (0..pages.stride).map(move |page| (head, page)));
+                let all: Vec<u32> = cells.map(|(head, page)| if page <= pages.count { entry(head, page) } else { 0 }).collect();
                 device.upload(&all).unwrap()
             };
-            let slots =
-                table(&|head, page| if near == Near::Int8Int4 { cache.near_slots[head][page] } else { (head * stride + page) as u32 });
-            let boxes = device.alloc(2 * stride * box_bytes(&shape).unwrap()).unwrap();
-            if near != Near::Int8Int4 {
-                for head in 0..2 {
-                    let sources = device.upload(&cache.exact_slots[head][..pages]).unwrap();
-                    let targets: Vec<u32> = (0..pages).map(|page| (head * stride + page) as u32).collect();
-                    page_boxes(&device, &shape, &cache.exact, &boxes, &sources, &device.upload(&targets).unwrap(), pages).unwrap();
-                }
+            let is_stored = per_page.is_some();
+            let places = table(&|head, page| if is_stored { (head * pages.stride + page) as u32 } else { cache.near_slots[head][page] });
+            let per_page = per_page.unwrap_or(1);
+            let stored = device.alloc(2 * pages.stride * box_bytes(&shape, per_page).unwrap()).unwrap();
+            for head in (0..2).filter(|_| is_stored) {
+                let sources = device.upload(&cache.exact_slots[head][..pages.count]).unwrap();
+                let targets: Vec<u32> = (0..pages.count).map(|page| (head * pages.stride + page) as u32).collect();
+                let targets = device.upload(&targets).unwrap();
+                page_boxes(&device, &shape, per_page, &cache.exact, &stored, &sources, &targets, pages.count).unwrap();
             }
-            let (bounds, norms) = (device.zeros(shape.heads() * stride).unwrap(), device.zeros(2 * stride).unwrap());
-            let boxes = if near == Near::Int8Int4 { &cache.near_pages } else { &boxes };
-            let inputs = BoundsInputs { queries: &device_queries, boxes, table: &slots, stride, pages };
-            page_bounds(&device, &shape, near, &inputs, &bounds, &norms).unwrap();
-            check_bounds(&cache, &queries, &device.download(&bounds).unwrap(), &device.download(&norms).unwrap(), stride);
+            let boxes = if is_stored { Boxes::Stored { boxes: &stored, per_page } } else { Boxes::Coded(&cache.near_pages) };
+            let bounds = Bounds::new(&device, &shape, 1, pages.stride).unwrap();
+            let inputs = BoundsInputs { queries: &device_queries, first_row: 1, boxes, table: &places };
+            page_bounds(&device, &shape, pages, &inputs, &bounds).unwrap();
+            let (scores, norms) = (device.download(&bounds.scores).unwrap(), device.download(&bounds.value_norms).unwrap());
+            check_bounds(&cache, queries, &scores, &norms, pages.stride);
 
-            let entries = table(&|head, page| cache.entry(head, page, page == pages));
-            let (lists, lengths) = (device.zeros(2 * stride).unwrap(), device.zeros(2).unwrap());
+            let ranks = device.alloc(2 * pages.stride).unwrap();
+            rank_pages(&device, &shape, pages, Ranking::Share, &bounds, &ranks).unwrap();
+            let (lists, lengths) = (device.zeros(2 * pages.stride).unwrap(), device.zeros(2).unwrap());
+            let mask = device.zeros(2 * pages.words()).unwrap();
+            let (entries, slots) =
+                (table(&|head, page| cache.entry(head, page, page == pages.count)), table(&|head, page| cache.exact_slots[head][page]));
+            let lists_of = Lists { entries: &entries, slots: &slots, lists: &lists, lengths: &lengths };
+            let choices = Choices { chosen: &mask, first_row: 0, lists: Some(lists_of) };
             let selection = Selection { budget: 5, sinks: 1, window: 1 };
-            select_pages(&device, &shape, selection, &bounds, &entries, (pages, stride), &lists, stride, &lengths).unwrap();
+            select_pages(&device, &shape, pages, selection, Some(&ranks), &choices).unwrap();
+            let own_queries = device.upload(queries).unwrap();
             let inputs = DecodeInputs {
-                queries: &device_queries,
+                queries: &own_queries,
                 exact_pages: &cache.exact,
                 near_pages: &cache.near_pages,
                 lists: &lists,
-                list_stride: stride,
+                list_stride: pages.stride,
                 list_lengths: &lengths,
-                last_tokens: cache.count - pages * PAGE,
+                last_tokens: cache.count - pages.count * PAGE,
             };
-            let buffers = DecodeBuffers::new(&device, &shape, stride, 2).unwrap();
+            let buffers = DecodeBuffers::new(&device, &shape, pages.stride, 2, false).unwrap();
             decode(&device, &shape, near, &inputs, &buffers).unwrap();
-            unread_bound(&device, &shape, &bounds, &norms, (pages, stride), &buffers.summaries).unwrap();
+            unread_bound(&device, &shape, pages, &bounds, &mask, &buffers.summaries).unwrap();
             let (output, summaries) = (device.download(&buffers.output).unwrap(), device.download(&buffers.summaries).unwrap());
             assert_eq!(device.download(&lengths).unwrap(), [6, 6]);
+            let mask = device.download(&mask).unwrap();
             for head in 0..shape.heads() {
-                let all: Vec<(usize, bool)> = (0..=pages).map(|page| (page, true)).collect();
+                let all: Vec<(usize, bool)> = (0..=pages.count).map(|page| (page, true)).collect();
                 let (truth, _) = attend(&queries[head * head_dim..][..head_dim], &cache.seen(head / group, &all).1, |_| true);
                 let (error, summary) = (distance(&output[head * head_dim..][..head_dim], &truth), Summary::of(&summaries, head));
                 assert!(summary.unread > 0.0 && error <= f64::from(summary.bound + summary.unread), "{near:?} {error} {summary:?}");
+                // The largest value there is, found by sorting.
+                let is_read = |page: usize| mask[head / group * pages.words() + page / 32] >> (page % 32) & 1 == 1;
+                let unread = |page: usize| {
+                    let mass = PAGE as f64 * f64::from(scores[head * pages.stride + page] - summary.lse).exp();
+                    (f64::from(norms[head / group * pages.stride + page] + summary.norm + summary.bound), mass)
+                };
+                let mut skipped: Vec<(f64, f64)> = (0..pages.count).filter(|page| !is_read(*page)).map(unread).collect();
+                skipped.sort_by(|a, b| b.0.total_cmp(&a.0));
+                let (mut weight, mut moment, mut least) = (f64::from(summary.mass_low), 0.0, 0.0);
+                for (radius, mass) in &skipped {
+                    (weight, moment) = (weight + mass, moment + mass * radius);
+                    least = f64::max(least, moment / weight);
+                }
+                let (found, radius) = (f64::from(summary.unread), skipped[0].0);
+                assert!(found >= least && found <= least * 1.001 + 2e-4 * radius, "{found} {least} {radius}");
             }
         }
     }

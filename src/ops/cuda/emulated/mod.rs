@@ -149,6 +149,10 @@ impl Device for Emulated {
         3
     }
 
+    fn resident_blocks(&self, _: &str, _: u32, _: u32) -> Result<u32> {
+        Ok(3 * self.multiprocessors())
+    }
+
     fn room(&self) -> Result<(usize, usize)> {
         Ok((usize::MAX, usize::MAX))
     }
