@@ -122,6 +122,36 @@ extern "C" __global__ void page_bounds_box(const float *queries, const uint8_t *
 }
 KERNEL(page_bounds_box);
 
+// How large a head's largest score with a key of a page is likely to be: the largest over the page's boxes of the product with the box's
+// middle and twice the deviation of a product if the key lies at a corner at random. Grid [ceil(pages / 4), kv_heads, rows], block of 128.
+//   queries: [rows, heads, head_dim]   table: [kv_heads, stride] slots of boxes   estimates: [rows, heads, stride]
+extern "C" __global__ void page_estimates(const float *queries, const uint8_t *page_boxes, const uint32_t *table, float *estimates,
+                                          uint32_t pages, uint32_t stride, uint32_t group, uint32_t head_dim, uint32_t width,
+                                          uint32_t boxes) {
+    uint32_t lane = threadIdx.x % 32, page = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, kv_head = blockIdx.y, row = blockIdx.z;
+    if (page >= pages) return;
+    const uint8_t *box = page_boxes + (size_t)table[kv_head * stride + page] * StoredBox::bytes(width, boxes);
+    for (uint32_t head = kv_head * group; head < (kv_head + 1) * group; head++) {
+        size_t line = (size_t)row * gridDim.y * group + head;
+        float largest = -INFINITY;
+        for (uint32_t run = 0; run < boxes; run++) {
+            float product = 0, square = 0;
+            for (uint32_t channel = lane; channel < head_dim; channel += 32) {
+                float query = queries[line * head_dim + channel];
+                Interval side = StoredBox::channel(box, run, channel, width);
+                float half = query * ((side.high - side.low) * 0.5f);
+                product = fmaf(query, (side.low + side.high) * 0.5f, product);
+                square = fmaf(half, half, square);
+            }
+            float likely = warp_sum(product) + 2.0f * sqrtf(warp_sum(square));
+            // What is not a number stays.
+            largest = likely <= largest ? largest : likely;
+        }
+        if (lane == 0) estimates[line * stride + page] = largest / sqrtf((float)head_dim);
+    }
+}
+KERNEL(page_estimates);
+
 constexpr int SELECT_THREADS = 256;
 
 // Unsigned integers in the order of floats; NaN above all, so that what cannot be bounded is read.
@@ -132,39 +162,31 @@ static __device__ inline uint32_t ordered(float x) {
 }
 
 // Ranks of pages for the heads of a group together: larger is read first.
-//   by_share = 0: the largest bound of a head; 1: shares of each head's softmax over the bounds of all pages, added up over the heads.
-// Grid [kv_heads, rows], block of whole warps.   bounds: [rows, heads, stride]   ranks: [rows, kv_heads, stride]
-extern "C" __global__ void __launch_bounds__(1024)
-    rank_pages(const float *bounds, uint32_t *ranks, uint32_t pages, uint32_t stride, uint32_t group, uint32_t by_share) {
-    SHARED_ARRAY(float, shared, 32);
-    const float *own = bounds + ((size_t)blockIdx.y * gridDim.x + blockIdx.x) * group * stride;
-    uint32_t *out = ranks + ((size_t)blockIdx.y * gridDim.x + blockIdx.x) * stride;
-    if (!by_share) {
-        for (uint32_t page = threadIdx.x; page < pages; page += blockDim.x) {
-            uint32_t most = 0;
-            for (uint32_t head = 0; head < group; head++) most = max(most, ordered(own[(size_t)head * stride + page]));
-            out[page] = most;
-        }
-        return;
-    }
+//   turns = 0: the largest score of a head
+//   turns > 0: the best place that the page has in the order of a head, the earlier page first among equals; 0 for pages that are not among
+//   the first `turns` of any head.
+// Grid [kv_heads, rows, ceil(pages / 256)], block of 256.   scores: [rows, heads, stride]   ranks: [rows, kv_heads, stride]
+extern "C" __global__ void __launch_bounds__(SELECT_THREADS)
+    rank_pages(const float *scores, uint32_t *ranks, uint32_t pages, uint32_t stride, uint32_t group, uint32_t turns) {
+    size_t line = (size_t)blockIdx.y * gridDim.x + blockIdx.x;
+    const float *own = scores + line * group * stride;
+    uint32_t page = blockIdx.z * SELECT_THREADS + threadIdx.x, rank = 0;
+    if (page >= pages) return;
     for (uint32_t head = 0; head < group; head++) {
-        const float *bound = own + (size_t)head * stride;
-        // Of two infinities the difference is none.
-        auto weight = [&](float x, float origin) { return x == origin ? 1.0f : expf(x - origin); };
-        float highest = -INFINITY, sum = 0;
-        for (uint32_t page = threadIdx.x; page < pages; page += blockDim.x) {
-            float x = bound[page], before = highest;
-            highest = fmaxf(highest, x);
-            sum = fmaf(sum, weight(before, highest), weight(x, highest));
+        const float *score = own + (size_t)head * stride;
+        uint32_t mine = ordered(score[page]);
+        if (turns == 0) {
+            rank = max(rank, mine);
+            continue;
         }
-        float largest = block_max(highest, shared);
-        sum = block_sum(sum * weight(highest, largest), shared);
-        // Bits of numbers that are not negative have their order; a thread sees its own pages only.
-        for (uint32_t page = threadIdx.x; page < pages; page += blockDim.x) {
-            float before = head == 0 ? 0.0f : __uint_as_float(out[page]);
-            out[page] = __float_as_uint(before + weight(bound[page], largest) / sum);
+        uint32_t place = 0;
+        for (uint32_t other = 0; other < pages && place < turns; other++) {
+            uint32_t theirs = ordered(score[other]);
+            place += theirs > mine || (theirs == mine && other < page);
         }
+        rank = max(rank, place < turns ? 0xffffffffu - place : 0);
     }
+    ranks[line * stride + page] = rank;
 }
 KERNEL(rank_pages);
 

@@ -41,11 +41,11 @@ fn lion_muon(recipe: &mut Recipe, period: u64) {
 fn rules() -> Vec<Arm> {
     vec![
         arm("AdamW", 3e-3, |recipe| recipe.optim.rule = RuleName::Adamw),
-        arm("Lion", 4e-4, |recipe| recipe.optim.rule = RuleName::Lion),
-        arm("Muon", 8e-3, |recipe| recipe.optim.rule = RuleName::Muon),
+        arm("Lion", 1e-4, |recipe| recipe.optim.rule = RuleName::Lion),
+        arm("Muon", 4e-3, |recipe| recipe.optim.rule = RuleName::Muon),
         arm("LionMuon P=1", 8e-3, |recipe| lion_muon(recipe, 1)),
         arm("LionMuon P=2", 8e-3, |recipe| lion_muon(recipe, 2)),
-        arm("LionMuon P=5", 1.2e-2, |recipe| lion_muon(recipe, 5)),
+        arm("LionMuon P=5", 6e-3, |recipe| lion_muon(recipe, 5)),
         arm("NorMuon", 8e-3, |recipe| recipe.optim.rule = RuleName::NorMuon),
         arm("Distance-Aware Muon", 8e-3, |recipe| recipe.optim.rule = RuleName::DistanceAwareMuon),
     ]
@@ -93,7 +93,7 @@ pub(super) fn run(command: &Bench, recipe: &Recipe, printer: &Printer) -> Result
     let mut sweep = Sweep::open(Path::new(&recipe.run.dir), printer)?;
     let mut rows = arms.iter().map(|arm| tune(arm, recipe, &mut sweep)).collect::<Result<Vec<_>>>()?;
     if !command.osp {
-        let recipes: Vec<Recipe> = arms.iter().zip(&rows).map(|(arm, row)| with(recipe, arm, row.learning_rate, 1)).collect();
+        let recipes: Vec<Recipe> = arms.iter().map(|arm| with(recipe, arm, arm.rate, 1)).collect();
         let costs = sweep.costs(&recipes, costs)?;
         for ((arm, row), cost) in arms.iter().zip(&mut rows).zip(&costs) {
             row.step_milliseconds = cost * 1e3;

@@ -4,7 +4,7 @@
 //! Page p is coded when the first token of page p + 1 arrives. A query at position t sees the pages before t / 64 as they are coded and
 //! its own page exact, however the text is cut into calls.
 
-use super::select::BOXES_PER_PAGE;
+use super::select::boxes_per_page;
 use crate::error::{Error, Result};
 use crate::infer::attention::Attention;
 use crate::infer::cache::Options;
@@ -42,6 +42,8 @@ pub(super) struct Cache<D: Device> {
     ring: usize,
     /// Boxes around keys, `[layer, kv_head, page]`; none where nobody asks or coded pages have them.
     boxes: Option<Buffer<D, u8>>,
+    /// Boxes of each page.
+    per_page: usize,
     layers: Vec<Layer<D>>,
     pub(super) exact: Buffer<D, u8>,
     pub(super) coded: Buffer<D, u8>,
@@ -79,13 +81,15 @@ impl<D: Device> Cache<D> {
         fits(heads * pages + scratch, "pages of the cache")?;
         let (attention, policy) = (options.attention, options.attention.policy());
         let is_bounded = attention != Attention::Dense && (policy.needs_bounds() || options.certifies());
-        let stores_boxes = is_bounded && (near != Near::Int8Int4 || BOXES_PER_PAGE > 1);
+        let per_page = boxes_per_page(attention);
+        let stores_boxes = is_bounded && (near != Near::Int8Int4 || per_page > 1);
         let mut cache = Self {
             shape,
             near,
             pages,
             ring,
-            boxes: stores_boxes.then(|| device.alloc(heads * pages * box_bytes(&shape, BOXES_PER_PAGE)?)).transpose()?,
+            boxes: stores_boxes.then(|| device.alloc(heads * pages * box_bytes(&shape, per_page)?)).transpose()?,
+            per_page,
             layers: vec![],
             exact: device.alloc((heads * ring + scratch) * page_bytes)?,
             coded: device.alloc(if is_coded { heads * pages * near.page_bytes(&shape)? } else { 0 })?,
@@ -185,7 +189,7 @@ impl<D: Device> Cache<D> {
         let targets: Vec<u32> = all.iter().map(|&(head, page)| self.place(index, head, page) as u32).collect();
         let (from, to) = (device.upload(&sources)?, device.upload(&targets)?);
         if let Some(boxes) = &self.boxes {
-            kernels::page_boxes(device, &self.shape, BOXES_PER_PAGE, &self.exact, boxes, &from, &to, all.len())?;
+            kernels::page_boxes(device, &self.shape, self.per_page, &self.exact, boxes, &from, &to, all.len())?;
         }
         if let Some(far) = &self.far {
             kernels::encode(device, &self.shape, self.near, &self.exact, &self.coded, &from, &to, all.len())?;
@@ -200,7 +204,7 @@ impl<D: Device> Cache<D> {
 
     /// What holds the keys of a layer's pages, and where each is in it.
     pub(super) fn boxes(&self, index: usize) -> (Boxes<'_, D>, &Buffer<D, u32>) {
-        let stored = self.boxes.as_ref().map(|boxes| Boxes::Stored { boxes, per_page: BOXES_PER_PAGE });
+        let stored = self.boxes.as_ref().map(|boxes| Boxes::Stored { boxes, per_page: self.per_page });
         (stored.unwrap_or(Boxes::Coded(&self.coded)), &self.layers[index].places)
     }
 

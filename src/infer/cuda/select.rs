@@ -5,12 +5,15 @@ use super::cache::Cache;
 use crate::error::Result;
 use crate::infer::attention::{Attention, GroupQuery, PageTable};
 use crate::infer::cache::Options;
+use crate::infer::kv::RUN;
 use crate::ops::cpu::attention::TileSet;
 use crate::ops::cuda::attention::{self as kernels, Bounds, BoundsInputs, Choices, Lists, Masks, PAGE, Pages, Ranking, Selection, Shape};
 use crate::ops::cuda::{Buffer, Device};
 
 /// Boxes around a page's keys for ranking and bounds. Where it is 1, formats whose coded pages have a box of their own store none.
-pub(super) const BOXES_PER_PAGE: usize = 1;
+pub(super) fn boxes_per_page(attention: Attention) -> usize {
+    if attention.policy().needs_estimates() { PAGE / RUN } else { 1 }
+}
 
 /// Rows of a prompt that are chosen for together: those on one page.
 const ROWS: usize = PAGE;
@@ -23,6 +26,8 @@ pub(super) struct Selector<D: Device> {
     stride: usize,
     /// Absent where neither the policy nor a certificate asks for them.
     bounds: Option<Bounds<D>>,
+    /// Absent where the policy does not ask for them, `[rows, heads, pages]`.
+    estimates: Option<Buffer<D, f32>>,
     ranks: Option<Buffer<D, u32>>,
     /// `[rows of a pass, kv_heads, words]`
     chosen: Buffer<D, u32>,
@@ -42,13 +47,15 @@ impl<D: Device> Selector<D> {
         let is_sparse = options.attention != Attention::Dense;
         let (rows, lines) = if is_sparse { (rows, rows.min(ROWS)) } else { (0, 0) };
         let (words, tiles) = (stride.div_ceil(32), rows.div_ceil(PAGE) + 1);
-        let has_bounds = is_sparse && (policy.needs_bounds() || options.certifies());
         let has_ranks = is_sparse && policy.needs_bounds();
+        let has_estimates = is_sparse && policy.needs_estimates();
+        let has_bounds = (has_ranks && !has_estimates) || (is_sparse && options.certifies());
         Ok(Self {
             shape,
             attention: options.attention,
             stride,
             bounds: has_bounds.then(|| Bounds::new(device, &shape, lines, stride)).transpose()?,
+            estimates: has_estimates.then(|| device.alloc(lines * shape.heads() * stride)).transpose()?,
             ranks: has_ranks.then(|| device.alloc(lines * shape.kv_heads * stride)).transpose()?,
             chosen: device.alloc(rows * shape.kv_heads * words)?,
             masks: device.alloc(shape.kv_heads * tiles * words)?,
@@ -77,15 +84,28 @@ impl<D: Device> Selector<D> {
         Pages { rows, count: own, stride: self.stride }
     }
 
-    /// Bounds and ranks of the pages before `own` for rows `first..first + rows` of `queries`.
-    fn rank(&self, device: &D, cache: &Cache<D>, layer: usize, queries: (&Buffer<D, f32>, usize), pages: Pages) -> Result<()> {
-        let Some(bounds) = &self.bounds else { return Ok(()) };
+    /// Bounds and ranks of the pages before `own` for `pages.rows` rows of `queries` from the given one on, of which `budget` are read.
+    fn rank(
+        &self,
+        device: &D,
+        cache: &Cache<D>,
+        layer: usize,
+        (queries, first_row): (&Buffer<D, f32>, usize),
+        pages: Pages,
+        budget: usize,
+    ) -> Result<()> {
         let (boxes, table) = cache.boxes(layer);
-        let inputs = BoundsInputs { queries: queries.0, first_row: queries.1, boxes, table };
-        kernels::page_bounds(device, &self.shape, pages, &inputs, bounds)?;
+        let inputs = BoundsInputs { queries, first_row, boxes, table };
+        if let Some(bounds) = &self.bounds {
+            kernels::page_bounds(device, &self.shape, pages, &inputs, bounds)?;
+        }
         let Some(ranks) = &self.ranks else { return Ok(()) };
-        let ranking = if matches!(self.attention, Attention::TopK(_)) { Ranking::Share } else { Ranking::Largest };
-        kernels::rank_pages(device, &self.shape, pages, ranking, bounds, ranks)
+        if let Some(estimates) = &self.estimates {
+            kernels::page_estimates(device, &self.shape, pages, &inputs, estimates)?;
+            return kernels::rank_pages(device, &self.shape, pages, Ranking::Turns(budget), estimates, ranks);
+        }
+        let bounds = self.bounds.as_ref().expect("what is ranked without estimates is ranked by bounds");
+        kernels::rank_pages(device, &self.shape, pages, Ranking::Largest, &bounds.scores, ranks)
     }
 
     /// Makes the lists of one token on page `own`.
@@ -99,7 +119,7 @@ impl<D: Device> Selector<D> {
         selection: Selection,
     ) -> Result<()> {
         let pages = self.pages(1, own);
-        self.rank(device, cache, layer, (query, 0), pages)?;
+        self.rank(device, cache, layer, (query, 0), pages, selection.budget)?;
         let (entries, slots) = cache.tables(layer);
         let lists = Lists { entries, slots, lists: &self.lists, lengths: &self.lengths };
         let choices = Choices { chosen: &self.chosen, first_row: 0, lists: Some(lists) };
@@ -122,7 +142,7 @@ impl<D: Device> Selector<D> {
             let count = (rows - row).min((own + 1) * PAGE - first - row);
             let (pages, choices) = (self.pages(count, own), Choices { chosen: &self.chosen, first_row: row, lists: None });
             if let Some(selection) = selection(&self.attention, own) {
-                self.rank(device, cache, layer, (queries, row), pages)?;
+                self.rank(device, cache, layer, (queries, row), pages, selection.budget)?;
                 kernels::select_pages(device, &self.shape, pages, selection, self.ranks.as_ref(), &choices)?;
             } else {
                 let all = Selection { budget: own, sinks: own, window: 0 };
@@ -192,6 +212,10 @@ impl PageTable for Alike {
     fn score_bounds(&self, _: usize, _: &GroupQuery<'_>, bounds: &mut [f32]) {
         bounds.fill(0.0);
     }
+
+    fn score_estimates(&self, _: usize, _: &GroupQuery<'_>, estimates: &mut [f32]) {
+        estimates.fill(0.0);
+    }
 }
 
 #[cfg(test)]
@@ -208,5 +232,6 @@ mod tests {
         assert_eq!(of("quest=5", 6), Some(Selection { budget: 5, sinks: 0, window: 0 }));
         assert_eq!(of("top-k=40", 100), Some(Selection { budget: 40, sinks: 1, window: 1 }));
         assert_eq!(of("top-k=0.5", 100), Some(Selection { budget: 50, sinks: 1, window: 1 }));
+        assert_eq!(of("top-k=0.5", 9), Some(Selection { budget: 8, sinks: 1, window: 1 }));
     }
 }

@@ -6,7 +6,7 @@ use half::f16;
 
 /// Consecutive keys in the boxes that estimates come from: a box around more unlike keys says little about any of them. The page of Quest
 /// (arXiv:2406.10774).
-pub(super) const RUN: usize = 16;
+pub(crate) const RUN: usize = 16;
 
 /// Half a box's diagonal, weighted by the query, is the deviation of a product if the key lies at a corner at random. Among 16 keys twice
 /// that is reached about once.

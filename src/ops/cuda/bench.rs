@@ -2,8 +2,8 @@
 //! drained before and after; bytes are those a kernel must move at least.
 
 use super::attention::{
-    Bounds, BoundsInputs, Boxes, Choices, DecodeBuffers, DecodeInputs, EXACT, Lists, Near, PAGE, Pages, PrefillInputs, Ranking, Rows,
-    Selection, Shape, append, decode, encode, exact_page_bytes, num_splits, page_bounds, prefill, rank_pages, select_pages,
+    BoundsInputs, Boxes, Choices, DecodeBuffers, DecodeInputs, EXACT, Lists, Near, PAGE, Pages, PrefillInputs, Ranking, Rows,
+    Selection, Shape, append, box_bytes, decode, encode, exact_page_bytes, num_splits, page_estimates, prefill, rank_pages, select_pages,
 };
 use super::check::noise;
 use super::dense::{HalfMatrix, HalfRows};
@@ -333,10 +333,14 @@ impl<'a, D: Device> Caches<'a, D> {
     }
 }
 
-/// The choice of a quarter of the pages by their shares.
+/// Boxes of a page that estimates come from.
+const BOXES: usize = 4;
+
+/// The choice of a quarter of the pages by estimates.
 struct Quarter<D: Device> {
     pages: Pages,
-    bounds: Bounds<D>,
+    boxes: Buffer<D, u8>,
+    estimates: Buffer<D, f32>,
     ranks: Buffer<D, u32>,
     chosen: Buffer<D, u32>,
     slots: Buffer<D, u32>,
@@ -350,7 +354,8 @@ impl<D: Device> Quarter<D> {
         let places = shape.kv_heads * stride;
         Ok(Self {
             pages,
-            bounds: Bounds::new(device, shape, 1, stride)?,
+            boxes: device.zeros(places * box_bytes(shape, BOXES)?)?,
+            estimates: device.alloc(shape.heads() * stride)?,
             ranks: device.alloc(places)?,
             chosen: device.alloc(shape.kv_heads * pages.words())?,
             slots: device.upload(&(0..places as u32).collect::<Vec<_>>())?,
@@ -361,12 +366,14 @@ impl<D: Device> Quarter<D> {
 
     fn choose(&self, device: &D, shape: &Shape, caches: &Caches<'_, D>, queries: &Buffer<D, f32>, turn: usize) -> Result<()> {
         let entries = &caches.lists[turn % caches.lists.len()];
-        let inputs = BoundsInputs { queries, first_row: 0, boxes: Boxes::Coded(&caches.stored), table: entries };
-        page_bounds(device, shape, self.pages, &inputs, &self.bounds)?;
-        rank_pages(device, shape, self.pages, Ranking::Share, &self.bounds, &self.ranks)?;
-        let lists = Lists { entries, slots: &self.slots, lists: &self.lists, lengths: &self.lengths };
+        let boxes = Boxes::Stored { boxes: &self.boxes, per_page: BOXES };
+        let inputs = BoundsInputs { queries, first_row: 0, boxes, table: &self.slots };
+        page_estimates(device, shape, self.pages, &inputs, &self.estimates)?;
+        let budget = self.pages.stride.div_ceil(4);
+        rank_pages(device, shape, self.pages, Ranking::Turns(budget), &self.estimates, &self.ranks)?;
+                let lists = Lists { entries, slots: &self.slots, lists: &self.lists, lengths: &self.lengths };
         let choices = Choices { chosen: &self.chosen, first_row: 0, lists: Some(lists) };
-        let selection = Selection { budget: self.pages.stride.div_ceil(4), sinks: 1, window: 1 };
+        let selection = Selection { budget, sinks: 1, window: 1 };
         select_pages(device, shape, self.pages, selection, Some(&self.ranks), &choices)
     }
 }

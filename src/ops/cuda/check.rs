@@ -252,7 +252,7 @@ impl<D: Device> Case<D> {
             BoundsInputs { queries: &on_device, first_row: 0, boxes: Boxes::Stored { boxes: &boxes, per_page: BOXES }, table: &slots };
         page_bounds(device, shape, pages, &inputs, &bounds)?;
         let ranks = device.zeros(self.slots.len())?;
-        rank_pages(device, shape, pages, Ranking::Largest, &bounds, &ranks)?;
+        rank_pages(device, shape, pages, Ranking::Largest, &bounds.scores, &ranks)?;
         let selection = Selection { budget: pages.count.div_ceil(2), sinks: 1, window: 1 };
         let entries = device.upload(&self.entries(near))?;
         let (lists, lengths) = (device.zeros(self.slots.len())?, device.zeros(shape.kv_heads)?);

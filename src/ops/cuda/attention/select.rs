@@ -107,27 +107,49 @@ pub fn page_bounds<D: Device>(device: &D, shape: &Shape, pages: Pages, inputs: &
     device.launch(kernel, grid, [128, 1, 1], 0, args)
 }
 
+/// Estimates each head's largest score with a key of a page from its stored boxes: `estimates`, `[rows, heads, stride]`.
+pub fn page_estimates<D: Device>(
+    device: &D,
+    shape: &Shape,
+    pages: Pages,
+    inputs: &BoundsInputs<'_, D>,
+    estimates: &Buffer<D, f32>,
+) -> Result<()> {
+    let Boxes::Stored { boxes, per_page } = inputs.boxes else { panic!("coded pages have one box, which tells too little") };
+    let [count, stride] = pages.arguments()?;
+    let (group, head_dim, width) = (fits(shape.group, "group")?, fits(shape.head_dim, "head_dim")?, fits(shape.width()?, "head_dim")?);
+    let queries = inputs.queries.at(inputs.first_row * shape.heads() * shape.head_dim);
+    let args = arguments![queries, boxes, inputs.table, estimates, count, stride, group, head_dim, width, fits(per_page, "boxes")?];
+    let grid = [count.div_ceil(4), fits(shape.kv_heads, "kv_heads")?, fits(pages.rows, "tokens")?];
+    device.launch("page_estimates", grid, [128, 1, 1], 0, args)
+}
+
 /// What pages are ordered by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ranking {
-    /// The largest bound of a head of the group.
+    /// The largest score of a head of the group.
     Largest,
-    /// Shares of each head's softmax over the bounds of all pages, added up over the heads of the group.
-    Share,
+    /// The best place in the order of a head; so many pages of each head have one.
+    Turns(usize),
 }
 
-/// Writes `ranks` (`[rows, kv_heads, stride]`): larger is read first.
+/// Writes `ranks` (`[rows, kv_heads, stride]`): larger is read first. `scores`: `[rows, heads, stride]`.
 pub fn rank_pages<D: Device>(
     device: &D,
     shape: &Shape,
     pages: Pages,
     ranking: Ranking,
-    bounds: &Bounds<D>,
+    scores: &Buffer<D, f32>,
     ranks: &Buffer<D, u32>,
 ) -> Result<()> {
     let [count, stride] = pages.arguments()?;
-    let args = arguments![&bounds.scores, ranks, count, stride, fits(shape.group, "group")?, u32::from(ranking == Ranking::Share)];
-    device.launch("rank_pages", pages.grid(shape.kv_heads)?, pages.block(1024), 0, args)
+    let turns = match ranking {
+        Ranking::Largest => 0,
+        Ranking::Turns(pages) => fits(pages.max(1), "pages")?,
+    };
+    let args = arguments![scores, ranks, count, stride, fits(shape.group, "group")?, turns];
+    let [heads, rows, _] = pages.grid(shape.kv_heads)?;
+    device.launch("rank_pages", [heads, rows, count.div_ceil(256)], [256, 1, 1], 0, args)
 }
 
 /// How many pages a row reads beside its own.
@@ -245,19 +267,15 @@ mod tests {
     }
 
     /// What a group's pages are worth.
-    fn worth(ranking: Ranking, bounds: &[&[f32]]) -> Vec<f64> {
-        let of_head = |head: &[f32]| -> Vec<f64> {
-            let largest = head.iter().fold(f32::NEG_INFINITY, |most, bound| most.max(*bound));
-            let sum: f64 = head.iter().map(|bound| f64::from(bound - largest).exp()).sum();
-            head.iter().map(|bound| f64::from(bound - largest).exp() / sum).collect()
+    fn worth(ranking: Ranking, scores: &[&[f32]]) -> Vec<f64> {
+        let page_worth = |head: &[f32], page: usize| match ranking {
+            Ranking::Largest => f64::from(head[page]),
+            Ranking::Turns(turns) => {
+                let is_before = |other: usize| head[other] > head[page] || (head[other] == head[page] && other < page);
+                -((0..head.len()).filter(|other| is_before(*other)).count().min(turns) as f64)
+            }
         };
-        let heads: Vec<Vec<f64>> = match ranking {
-            Ranking::Largest => bounds.iter().map(|head| head.iter().map(|bound| f64::from(*bound)).collect()).collect(),
-            Ranking::Share => bounds.iter().map(|head| of_head(head)).collect(),
-        };
-        let add = |a: f64, b: f64| if ranking == Ranking::Largest { a.max(b) } else { a + b };
-        let first = if ranking == Ranking::Largest { f64::NEG_INFINITY } else { 0.0 };
-        (0..bounds[0].len()).map(|page| heads.iter().map(|head| head[page]).fold(first, add)).collect()
+        (0..scores[0].len()).map(|page| scores.iter().map(|head| page_worth(head, page)).fold(f64::NEG_INFINITY, f64::max)).collect()
     }
 
     const CASES: [(usize, Selection); 8] = [
@@ -276,22 +294,16 @@ mod tests {
         let Some(device) = Emulated::new() else { return };
         let (mut draw, shape) = (Draw::new(21), Shape { kv_heads: 2, group: 3, head_dim: 16 });
         for (index, (count, selection)) in CASES.into_iter().enumerate() {
-            let (rows, ranking) = (1 + index % 3, if index % 2 == 0 { Ranking::Largest } else { Ranking::Share });
+            let (rows, ranking) = (1 + index % 3, if index % 2 == 0 { Ranking::Largest } else { Ranking::Turns(selection.budget) });
             let pages = Pages { rows, count, stride: count + 2 };
             let lines = rows * shape.kv_heads;
-            // Few distinct values, so that ties decide; alike in all heads where sums of shares would round.
-            let mut scores: Vec<f32> = (0..3 * lines * pages.stride).map(|_| (draw.normal() * 2.0).round() - 1.0).collect();
-            if ranking == Ranking::Share {
-                scores.chunks_mut(3 * pages.stride).for_each(|group| {
-                    let (first, rest) = group.split_at_mut(pages.stride);
-                    rest.chunks_mut(pages.stride).for_each(|head| head.copy_from_slice(first));
-                });
-            }
-            let bounds = Bounds { scores: device.upload(&scores).unwrap(), value_norms: device.zeros(0).unwrap() };
+            // Few distinct values, so that ties decide.
+            let scores: Vec<f32> = (0..3 * lines * pages.stride).map(|_| (draw.normal() * 2.0).round() - 1.0).collect();
+            let device_scores = device.upload(&scores).unwrap();
             let mut table = || (0..2 * pages.stride).map(|_| draw.below(1 << 20) as u32).collect::<Vec<u32>>();
             let (entries, slots) = (table(), table());
             let ranks = device.alloc(lines * pages.stride).unwrap();
-            rank_pages(&device, &shape, pages, ranking, &bounds, &ranks).unwrap();
+            rank_pages(&device, &shape, pages, ranking, &device_scores, &ranks).unwrap();
             let (lists, lengths) = (device.zeros(lines * pages.stride).unwrap(), device.zeros(lines).unwrap());
             let mask = device.zeros((lines + 2) * pages.words()).unwrap();
             let (device_entries, device_slots) = (device.upload(&entries).unwrap(), device.upload(&slots).unwrap());
@@ -366,7 +378,7 @@ mod tests {
             check_bounds(&cache, queries, &scores, &norms, pages.stride);
 
             let ranks = device.alloc(2 * pages.stride).unwrap();
-            rank_pages(&device, &shape, pages, Ranking::Share, &bounds, &ranks).unwrap();
+            rank_pages(&device, &shape, pages, Ranking::Turns(5), &bounds.scores, &ranks).unwrap();
             let (lists, lengths) = (device.zeros(2 * pages.stride).unwrap(), device.zeros(2).unwrap());
             let mask = device.zeros(2 * pages.words()).unwrap();
             let (entries, slots) =
@@ -412,6 +424,45 @@ mod tests {
                 let (found, radius) = (f64::from(summary.unread), skipped[0].0);
                 assert!(found >= least && found <= least * 1.001 + 2e-4 * radius, "{found} {least} {radius}");
             }
+        }
+    }
+
+    #[test]
+    fn estimates_are_the_middle_and_two_deviations() {
+        let Some(device) = Emulated::new() else { return };
+        let mut draw = Draw::new(24);
+        let shape = Shape { kv_heads: 2, group: 2, head_dim: 40 };
+        let tokens = Tokens::draw(&mut draw, &shape, 400);
+        let cache = Cache::new(&device, &mut draw, shape, Near::F16, tokens);
+        let queries: Vec<f32> = (0..4 * 40).map(|_| draw.normal()).collect();
+        let (count, stride, per_page) = (cache.pages() - 1, cache.pages() + 2, 4);
+        let stored = device.alloc(2 * stride * box_bytes(&shape, per_page).unwrap()).unwrap();
+        for head in 0..2 {
+            let sources = device.upload(&cache.exact_slots[head][..count]).unwrap();
+            let targets: Vec<u32> = (0..count).map(|page| (head * stride + page) as u32).collect();
+            let targets = device.upload(&targets).unwrap();
+            page_boxes(&device, &shape, per_page, &cache.exact, &stored, &sources, &targets, count).unwrap();
+        }
+        let (queries_there, table) = (device.upload(&queries).unwrap(), device.upload(&(0..2 * stride as u32).collect::<Vec<_>>()).unwrap());
+        let boxes = Boxes::Stored { boxes: &stored, per_page };
+        let inputs = BoundsInputs { queries: &queries_there, first_row: 0, boxes, table: &table };
+        let estimates = device.alloc(4 * stride).unwrap();
+        page_estimates(&device, &shape, Pages { rows: 1, count, stride }, &inputs, &estimates).unwrap();
+        let estimates = device.download(&estimates).unwrap();
+        for (head, page) in (0..4).flat_map(|head| (0..count).map(move |page| (head, page))) {
+            let (_, exact) = cache.seen(head / 2, &[(page, true)]);
+            let likely = |run: &[f32]| {
+                let (mut product, mut square) = (0.0, 0.0);
+                for (channel, query) in queries[head * 40..][..40].iter().enumerate() {
+                    let keys = || run.iter().skip(channel).step_by(40);
+                    let (low, high) = (keys().copied().fold(f32::MAX, f32::min), keys().copied().fold(f32::MIN, f32::max));
+                    product += query * (low + high) / 2.0;
+                    square += (query * (high - low) / 2.0).powi(2);
+                }
+                (product + 2.0 * square.sqrt()) / 40.0f32.sqrt()
+            };
+            let expected = exact.keys.chunks_exact(PAGE / per_page * 40).map(likely).fold(f32::MIN, f32::max);
+            assert!((estimates[head * stride + page] - expected).abs() < 1e-4, "{head} {page}");
         }
     }
 
