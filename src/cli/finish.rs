@@ -3,6 +3,7 @@
 use super::export::Proof;
 use super::printer::Printer;
 use super::{Status, export, generate, model, write_json};
+use crate::data::chat::Open;
 use crate::data::config::SourceConfig;
 use crate::data::{Probe, Skill, builtin, skill_probes};
 use crate::error::{Error, Result};
@@ -13,9 +14,13 @@ use crate::infer::{Engine, cache};
 use crate::model::LinearKind;
 use crate::recipe::Assembled;
 use crate::train::Outcome;
+use crate::validate::forgetting::{Sequence, answers_nll};
 use crate::validate::{Document, Limits, Options, Report, SkillPair, Verdict, compare, probing};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
+
+/// Held-out conversations that the base and the result are compared on.
+const MOST_ANSWERS: usize = 200;
 
 #[derive(Serialize)]
 struct Finished {
@@ -35,6 +40,7 @@ pub(super) fn run(assembled: &Assembled, outcome: &Outcome, json: Option<&Path>,
     let folder = assembled.setup.run_dir.join("export");
     let mut reports = vec![];
     show_training(outcome, printer)?;
+    show_learning(assembled, outcome, printer)?;
     for target in assembled.recipe.export.targets()? {
         let path = place(&folder, target)?;
         let held_out = |_: &Loaded| Ok(some_held_out(assembled));
@@ -53,6 +59,7 @@ pub(super) fn run(assembled: &Assembled, outcome: &Outcome, json: Option<&Path>,
         show_chance(assembled, report, printer)?;
     }
     sample(assembled, &folder, outcome, printer)?;
+    ask(assembled, &folder, outcome, printer)?;
     let evaluation = outcome.evaluation.as_ref();
     let finished = Finished {
         step: outcome.step,
@@ -73,7 +80,7 @@ fn show_training(outcome: &Outcome, printer: &Printer) -> Result<()> {
     printer.data(format!("step {}: {}", outcome.step, outcome.checkpoint.display()))?;
     let Some(found) = &outcome.evaluation else { return Ok(()) };
     let statistics = &found.statistics;
-    printer.data(format!("held-out loss {:.4} nats per token, quantized as deployed {:.4}", found.loss, found.loss_quantized))?;
+    printer.data(format!("held-out loss {:.4} nats per trained token, quantized as deployed {:.4}", found.loss, found.loss_quantized))?;
     let layers = statistics.stream_kurtosis().iter().map(|k| format!("{k:.2}")).collect::<Vec<_>>().join(" ");
     printer.data(format!("excess kurtosis of the stream {:.3} (by layer: {layers})", statistics.kurtosis_mean()))?;
     printer.data(format!(
@@ -86,6 +93,20 @@ fn show_training(outcome: &Outcome, printer: &Printer) -> Result<()> {
         printer.warn(format!("training waited for data {:.1}% of the time", outcome.data_wait_fraction * 100.0));
     }
     Ok(())
+}
+
+/// What fine-tuning on conversations taught: the loss on held-out answers of the base and of what was made from it.
+fn show_learning(assembled: &Assembled, outcome: &Outcome, printer: &Printer) -> Result<()> {
+    let Some(finetune) = &assembled.setup.finetune else { return Ok(()) };
+    let answers = assembled.dataset.held_out_sequences().into_iter().take(MOST_ANSWERS);
+    let answers: Vec<Sequence> = answers.map(|(ids, weights)| Sequence { ids, weights }).collect();
+    if answers.is_empty() {
+        return Ok(());
+    }
+    let loss = |path: &Path| answers_nll(&Engine::load(path)?, &answers, cache::Options::default());
+    let (before, after) = (loss(&finetune.base)?, loss(&outcome.checkpoint)?);
+    let count = answers.len();
+    printer.data(format!("answers of {count} held-out conversations: {before:.4} nats per token before, {after:.4} after"))
 }
 
 /// `RUN/export/FORMAT` or `RUN/export/FORMAT.gguf`, its folder made, an older artifact of the same name removed.
@@ -183,6 +204,25 @@ fn sample(assembled: &Assembled, folder: &Path, outcome: &Outcome, printer: &Pri
     printer.data("sample:")?;
     let config = Config { temperature: 0.7, top_k: 0, top_p: 1.0, min_p: 0.05, seed: assembled.setup.seed };
     generate::stream(&engine, prompt, config, cache::Options::default(), assembled.recipe.validate.sample_tokens, printer)
+}
+
+/// Puts the recipe's questions to the base and to what was made from it.
+fn ask(assembled: &Assembled, folder: &Path, outcome: &Outcome, printer: &Printer) -> Result<()> {
+    let validate = &assembled.recipe.validate;
+    if validate.chat.is_empty() {
+        return Ok(());
+    }
+    let base = assembled.setup.finetune.as_ref().map(|finetune| Engine::load(&finetune.base)).transpose()?;
+    let made = Engine::load(&deployed(assembled, folder, outcome)?)?;
+    for question in &validate.chat {
+        let prompt = Open::user(question)?.prompt(&assembled.dataset.tokenizer)?;
+        printer.data(format!("asked: {question}"))?;
+        for (name, engine) in base.iter().map(|base| ("before", base)).chain([("after", &made)]) {
+            printer.stream(&format!("  {name}: "))?;
+            generate::answer(engine, &prompt, Config::greedy(), cache::Options::default(), validate.sample_tokens, printer)?;
+        }
+    }
+    Ok(())
 }
 
 fn place_of(folder: &Path, target: Target) -> PathBuf {

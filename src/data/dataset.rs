@@ -43,7 +43,6 @@ pub struct Dataset {
     pub(super) first_rows: u64,
     pub(super) attend_across_documents: bool,
     pub(super) prefetch: usize,
-    chat_template: Option<String>,
 }
 
 /// Rows of a source: a window into its endless text, or whole sequences packed together.
@@ -71,7 +70,12 @@ impl Dataset {
         for path in sources.iter().chain(&held_out).flat_map(|source| source.source.left_out()) {
             notes(&format!("{} is left out: it has no field \"text\"", path.display()));
         }
-        let tokenizer = Arc::new(Preparation { config, recipe_folder, sources: &sources, held_out: held_out.as_ref() }.tokenizer(notes)?);
+        let mut tokenizer = Preparation { config, recipe_folder, sources: &sources, held_out: held_out.as_ref() }.tokenizer(notes)?;
+        // A model is spoken to as its data spoke to it.
+        if let Some(chat) = sources.iter().find_map(|source| source.chat.as_ref()) {
+            tokenizer = tokenizer.with_chat_template(chat.template());
+        }
+        let tokenizer = Arc::new(tokenizer);
         let mut train = Vec::new();
         let mut validation = Vec::new();
         let conversations = conversations(config, &sources, &tokenizer, notes)?;
@@ -112,14 +116,7 @@ impl Dataset {
             first_rows: config.first_rows,
             attend_across_documents: config.attend_across_documents,
             prefetch: config.prefetch,
-            chat_template: sources.iter().find_map(|source| source.chat.as_ref()).map(|chat| chat.template().to_owned()),
         })
-    }
-
-    /// What a model's folder holds for the tokenizer, the chat template that the data went through included.
-    pub fn tokenizer_files(&self) -> Vec<(String, String)> {
-        let template = self.chat_template.clone().map(|text| ("chat_template.jinja".to_owned(), text));
-        self.tokenizer.files().into_iter().chain(template).collect()
     }
 
     /// What packing adds to text and hides from it.
@@ -406,6 +403,10 @@ fn conversations(config: &Config, sources: &[Named], tokenizer: &Tokenizer, note
                 chat.documents(tokenizer)?
             }
         };
+        if kept.is_none() && documents.is_empty() {
+            return Err(Error::input(&source.name, "there are no conversations to train on: the source is empty")
+                .fix("point the recipe at a file or folder with records in it"));
+        }
         read.push(Some((places, kept, documents)));
     }
     let write = |entry: Option<(Places<'_>, Option<[Shard; 2]>, Vec<Document>)>| {
