@@ -194,7 +194,10 @@ fn documents(assembled: &Assembled, wanted: usize) -> Vec<Document> {
         .dataset
         .held_out_documents(wanted)
         .into_iter()
-        .filter_map(|ids| Document::from_ids(ids, context, &assembled.dataset.tokenizer))
+        .filter_map(|(ids, weights)| match weights {
+            Some(weights) => Document::of_answers(ids, &weights, context, &assembled.dataset.tokenizer),
+            None => Document::from_ids(ids, context, &assembled.dataset.tokenizer),
+        })
         .collect()
 }
 

@@ -185,15 +185,16 @@ impl Dataset {
         weighted.flat_map(|part| (0..part.shard.documents()).map(|at| (part.shard.document(at), part.shard.document_weights(at)))).collect()
     }
 
-    /// At most `most` held-out documents, evenly spaced over all of them, each with BOS in front where the tokenizer has one and the
-    /// document is no whole sequence already.
-    pub fn held_out_documents(&self, most: usize) -> Vec<Vec<u32>> {
+    /// At most `most` held-out documents, evenly spaced over all of them: a conversation with the weights of its tokens, or a text with BOS in
+    /// front where the tokenizer has one.
+    pub fn held_out_documents(&self, most: usize) -> Vec<(Vec<u32>, Option<Vec<f32>>)> {
         let all: Vec<(&Part, u64)> = self.validation.iter().flat_map(|part| (0..part.shard.documents()).map(move |d| (part, d))).collect();
         let wanted = most.min(all.len());
         let document = |at: usize| {
             let (part, document) = all[(2 * at + 1) * all.len() / (2 * wanted)];
-            let bos = self.tokenizer.bos().filter(|_| !part.shard.is_weighted());
-            bos.into_iter().chain(part.shard.document(document)).collect()
+            let weights = part.shard.is_weighted().then(|| part.shard.document_weights(document));
+            let bos = self.tokenizer.bos().filter(|_| weights.is_none());
+            (bos.into_iter().chain(part.shard.document(document)).collect(), weights)
         };
         (0..wanted).map(document).collect()
     }
