@@ -14,10 +14,13 @@ use crate::infer::{Engine, cache};
 use crate::model::LinearKind;
 use crate::recipe::Assembled;
 use crate::train::Outcome;
-use crate::validate::forgetting::{Sequence, answers_nll};
+use crate::validate::forgetting::{self, Sequence};
 use crate::validate::{Document, Limits, Options, Report, SkillPair, Verdict, compare, probing};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
+
+/// A model that ends fewer of its answers has not learned to.
+const WELL_ENDED: f64 = 0.5;
 
 /// Held-out conversations that the base and the result are compared on.
 const MOST_ANSWERS: usize = 200;
@@ -80,7 +83,7 @@ fn show_training(outcome: &Outcome, printer: &Printer) -> Result<()> {
     printer.data(format!("step {}: {}", outcome.step, outcome.checkpoint.display()))?;
     let Some(found) = &outcome.evaluation else { return Ok(()) };
     let statistics = &found.statistics;
-    printer.data(format!("held-out loss {:.4} nats per trained token, quantized as deployed {:.4}", found.loss, found.loss_quantized))?;
+    printer.data(format!("held-out loss {:.4} nats per token, quantized as deployed {:.4}", found.loss, found.loss_quantized))?;
     let layers = statistics.stream_kurtosis().iter().map(|k| format!("{k:.2}")).collect::<Vec<_>>().join(" ");
     printer.data(format!("excess kurtosis of the stream {:.3} (by layer: {layers})", statistics.kurtosis_mean()))?;
     printer.data(format!(
@@ -103,10 +106,22 @@ fn show_learning(assembled: &Assembled, outcome: &Outcome, printer: &Printer) ->
     if answers.is_empty() {
         return Ok(());
     }
-    let loss = |path: &Path| answers_nll(&Engine::load(path)?, &answers, cache::Options::default());
-    let (before, after) = (loss(&finetune.base)?, loss(&outcome.checkpoint)?);
-    let count = answers.len();
-    printer.data(format!("answers of {count} held-out conversations: {before:.4} nats per token before, {after:.4} after"))
+    let measure = |path: &Path| forgetting::answers(&Engine::load(path)?, &answers, cache::Options::default());
+    let (before, after) = (measure(&finetune.base)?, measure(&outcome.checkpoint)?);
+    printer.data(format!(
+        "answers of {} held-out conversations: {:.4} nats per token before, {:.4} after; {:.0}% stop where they end ({:.0}% before)",
+        answers.len(),
+        before.nll_per_token,
+        after.nll_per_token,
+        after.ended * 100.0,
+        before.ended * 100.0
+    ))?;
+    if after.ended < WELL_ENDED {
+        printer.warn(
+            "the model seldom stops after an answer: train longer, or name a special token that the base knows better with data.end_of_text",
+        );
+    }
+    Ok(())
 }
 
 /// `RUN/export/FORMAT` or `RUN/export/FORMAT.gguf`, its folder made, an older artifact of the same name removed.

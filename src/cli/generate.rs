@@ -47,7 +47,14 @@ pub(super) fn stream(engine: &Engine, prompt: &str, config: Config, cache: cache
 }
 
 /// Prints what the model answers as it comes.
-pub(super) fn answer(engine: &Engine, prompt: &Prompt, config: Config, cache: cache::Options, most: usize, printer: &Printer) -> Result<()> {
+pub(super) fn answer(
+    engine: &Engine,
+    prompt: &Prompt,
+    config: Config,
+    cache: cache::Options,
+    most: usize,
+    printer: &Printer,
+) -> Result<()> {
     config.check()?;
     pieces(engine, &prompt.ids, &prompt.stops, config, cache, most, printer)
 }

@@ -1,7 +1,7 @@
 //! From the recipe's sources to verified shards: trains or loads the tokenizer, tokenizes what changed, reuses the rest.
 
 use super::bins::Bins;
-use super::chat::Document;
+use super::chat::{Document, end_of_turn};
 use super::config::{BpeConfig, Config, Named, Order, TokenizerConfig, Validation, find};
 use super::pack::{Batch, Rules, Stream};
 use super::shard::{Shard, Writer};
@@ -71,9 +71,16 @@ impl Dataset {
             notes(&format!("{} is left out: it has no field \"text\"", path.display()));
         }
         let mut tokenizer = Preparation { config, recipe_folder, sources: &sources, held_out: held_out.as_ref() }.tokenizer(notes)?;
-        // A model is spoken to as its data spoke to it.
+        if let Some(end) = &config.end_of_text {
+            tokenizer = tokenizer.with_end_of_text(end)?;
+        }
+        // A model is spoken to as its data spoke to it, and stops where its answers did.
         if let Some(chat) = sources.iter().find_map(|source| source.chat.as_ref()) {
             tokenizer = tokenizer.with_chat_template(chat.template());
+            tokenizer = match end_of_turn(&tokenizer) {
+                Some(end) => tokenizer.with_end(end),
+                None => tokenizer,
+            };
         }
         let tokenizer = Arc::new(tokenizer);
         let mut train = Vec::new();

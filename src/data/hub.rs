@@ -78,7 +78,9 @@ impl Hub {
             (None, Some(home), _) => Cache::new(Path::new(&home).join("hub")),
             (None, None, Some(home)) => Cache::new(home.join(".cache/huggingface/hub")),
             (None, None, None) => {
-                return Err(Error::input("HF_HOME", "is not set, and there is no home folder to keep models in").fix("set HF_HOME to a folder"));
+                return Err(
+                    Error::input("HF_HOME", "is not set, and there is no home folder to keep models in").fix("set HF_HOME to a folder")
+                );
             }
         };
         let endpoint = set("HF_ENDPOINT").unwrap_or_else(|| PUBLIC.to_owned()).trim_end_matches('/').to_owned();
@@ -96,7 +98,8 @@ impl Hub {
             return Ok(folder.to_owned());
         }
         if self.offline {
-            let cause = format!("is neither on this disk nor whole in the cache {}, and HF_HUB_OFFLINE is set", self.cache.path().display());
+            let cause =
+                format!("is neither on this disk nor whole in the cache {}, and HF_HUB_OFFLINE is set", self.cache.path().display());
             return Err(Error::input(name, cause).fix("check the path, or unset HF_HUB_OFFLINE to download the model of this name"));
         }
         self.reach(name)?;
@@ -144,9 +147,16 @@ impl Hub {
             None => (443, self.endpoint.strip_prefix("https://").unwrap_or(&self.endpoint)),
         };
         let host = rest.split('/').next().unwrap_or_default();
-        let place = if host.rsplit(':').next().is_some_and(|port| port.parse::<u16>().is_ok()) { host.to_owned() } else { format!("{host}:{port}") };
+        let place = if host.rsplit(':').next().is_some_and(|port| port.parse::<u16>().is_ok()) {
+            host.to_owned()
+        } else {
+            format!("{host}:{port}")
+        };
         let reached = place.to_socket_addrs().and_then(|mut found| {
-            found.next().ok_or_else(|| std::io::Error::other("no address")).and_then(|address| TcpStream::connect_timeout(&address, PATIENCE))
+            found
+                .next()
+                .ok_or_else(|| std::io::Error::other("no address"))
+                .and_then(|address| TcpStream::connect_timeout(&address, PATIENCE))
         });
         reached.map(drop).map_err(|error| self.unreachable(name, &error))
     }
@@ -200,7 +210,8 @@ fn is_whole(folder: &Path) -> bool {
 fn shards(index: &Path) -> Option<Vec<String>> {
     let value: Value = serde_json::from_slice(&std::fs::read(index).ok()?).ok()?;
     let files: Option<BTreeSet<String>> = value["weight_map"].as_object()?.values().map(|file| file.as_str().map(str::to_owned)).collect();
-    let files = files.filter(|files| !files.is_empty() && files.iter().all(|file| !file.contains(['/', '\\']) && !file.starts_with('.')))?;
+    let files =
+        files.filter(|files| !files.is_empty() && files.iter().all(|file| !file.contains(['/', '\\']) && !file.starts_with('.')))?;
     Some(files.into_iter().collect())
 }
 

@@ -105,7 +105,7 @@ pub fn assemble(mut recipe: Recipe, recipe_path: &Path, device: Device, notes: &
         reference: !device.is_cpu(),
         device,
         recipe: to_toml(&recipe)?,
-        special_ids: start.finetune.as_ref().map_or(own_ids, Finetune::ids),
+        special_ids: special_ids(&recipe, own_ids, start.finetune.as_ref()),
         tokenizer_files: dataset.tokenizer.files(),
         finetune: start.finetune,
         spec,
@@ -160,6 +160,12 @@ fn base_tokenizer(recipe: &Recipe, finetune: &Finetune) -> Result<TokenizerConfi
         tokenizer.save(&folder)?;
     }
     Ok(TokenizerConfig::File(folder))
+}
+
+/// The base's ids; the end of text is the recipe's, where it names one.
+fn special_ids(recipe: &Recipe, own: SpecialIds, finetune: Option<&Finetune>) -> SpecialIds {
+    let ids = finetune.map_or(own, Finetune::ids);
+    if recipe.data.end_of_text.is_some() { SpecialIds { eos: own.eos, ..ids } } else { ids }
 }
 
 /// Names the recipe's key instead of the option.

@@ -100,7 +100,8 @@ mod tests {
         let spec = dense();
         let masters = weights(&spec, 1);
         let engine = Artifact::checkpoint(&spec, &masters).engine();
-        let document = |count: usize, seed| Document { ids: ids(count, spec.vocab, seed), scored: None, predicted_bytes: 10, is_cut: seed == 2 };
+        let document =
+            |count: usize, seed| Document { ids: ids(count, spec.vocab, seed), scored: None, predicted_bytes: 10, is_cut: seed == 2 };
         let documents = [document(2, 1), document(150, 2), document(70, 3)];
         let evaluation = evaluate(&engine, &documents, Format::F32, |_| {}).unwrap();
         let expected: f64 = documents

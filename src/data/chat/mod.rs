@@ -143,7 +143,7 @@ impl Chat {
 
     /// Every record as tokens and weights, in order. One mistake anywhere refuses them all.
     pub(super) fn documents(&self, tokenizer: &Tokenizer) -> Result<Vec<Document>> {
-        let specials = tokenizer.named_specials().into_iter().chain(self.specials.clone()).collect();
+        let specials = self.specials.clone().into_iter().chain(tokenizer.named_specials()).collect();
         let template = self.template_with(specials)?;
         let renderer = Renderer::new(&template, stops(tokenizer, &template), self.train);
         let mut conversations = Vec::new();

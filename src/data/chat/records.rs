@@ -163,10 +163,13 @@ impl Conversation {
         match self.messages.last() {
             Some(last) if matches!(last.speaker, Speaker::User | Speaker::Tool) => Ok(()),
             last => Err(fault(
-                format!("the conversation ends with {} turn: there is nothing to answer", last.map_or("no", |last| match last.speaker {
-                    Speaker::Assistant => "an assistant",
-                    _ => "a system",
-                })),
+                format!(
+                    "the conversation ends with {} turn: there is nothing to answer",
+                    last.map_or("no", |last| match last.speaker {
+                        Speaker::Assistant => "an assistant",
+                        _ => "a system",
+                    })
+                ),
                 "end it with a user turn",
             )),
         }

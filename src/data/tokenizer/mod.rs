@@ -149,11 +149,36 @@ impl Tokenizer {
     fn add_ends(&mut self, config: &Value) {
         let listed = &config["eos_token_id"];
         let ids = listed.as_array().map_or(std::slice::from_ref(listed), Vec::as_slice).iter();
-        for id in ids.filter_map(Value::as_u64).filter_map(|id| u32::try_from(id).ok()) {
-            if Some(id) != self.eos && !self.ends.contains(&id) && (id as usize) < self.vocabulary {
-                self.ends.push(id);
-            }
+        ids.filter_map(Value::as_u64).filter_map(|id| u32::try_from(id).ok()).for_each(|id| self.add_end(id));
+    }
+
+    fn add_end(&mut self, id: u32) {
+        if Some(id) != self.eos && !self.ends.contains(&id) && (id as usize) < self.vocabulary {
+            self.ends.push(id);
         }
+    }
+
+    /// The same, which lets generation stop at `id` too.
+    #[must_use]
+    pub fn with_end(mut self, id: u32) -> Self {
+        self.add_end(id);
+        self
+    }
+
+    /// The same with the special token `piece` at the end of documents.
+    ///
+    /// # Errors
+    /// When the vocabulary has no such special token.
+    pub fn with_end_of_text(mut self, piece: &str) -> Result<Self> {
+        let Some(id) = self.id(piece).filter(|&id| self.is_special(id)) else {
+            let known = self.special_pieces().join(", ");
+            return Err(Error::input("data.end_of_text", format!("{piece:?} is no special token of the vocabulary"))
+                .fix(format!("choose one of {known}, or leave the key out")));
+        };
+        self.eos = Some(id);
+        self.named.insert("eos_token".to_owned(), piece.to_owned());
+        self.ends.retain(|&end| end != id);
+        Ok(self)
     }
 
     /// The same with another chat template.
@@ -371,7 +396,8 @@ impl std::fmt::Debug for Tokenizer {
 
 /// The special tokens that a `tokenizer_config.json` names, each a string or `{"content": ...}`.
 pub(super) fn named_specials(config: &Value) -> BTreeMap<String, String> {
-    let token = |name: &str| config[name].as_str().or_else(|| config[name]["content"].as_str()).map(|token| (name.to_owned(), token.to_owned()));
+    let token =
+        |name: &str| config[name].as_str().or_else(|| config[name]["content"].as_str()).map(|token| (name.to_owned(), token.to_owned()));
     NAMED.into_iter().filter_map(token).collect()
 }
 
