@@ -104,7 +104,7 @@ fn a_model_answers_through_the_template_it_was_trained_with() {
     sandbox.osprey(&["generate", model, "--chat", " "]).refused(&["--chat", "empty"]);
     std::fs::remove_file(sandbox.path("run/export/hf/chat_template.jinja")).unwrap();
     sandbox.osprey(&["generate", "run/export/hf", "--chat", "a"]).refused(&["no chat template", "--prompt"]);
-    sandbox.train(&["validate.chat=[\"a\"]", "run.dir=other"]).refused(&["validate.chat", "no chat template"]);
+    sandbox.train(&["validate.chat=[\"a\"]", "run.dir=other"]).refused(&["validate.chat", "no chat template", "leave the key out"]);
     assert!(!sandbox.path("other").exists());
 }
 
