@@ -1,6 +1,7 @@
 //! What `osprey train` does after the last step: export, run what was exported, compare, and show a sample.
 
 use super::export::Proof;
+use super::generate::Settings;
 use super::printer::Printer;
 use super::{Status, export, generate, model, write_json};
 use crate::data::chat::Open;
@@ -220,8 +221,9 @@ fn sample(assembled: &Assembled, folder: &Path, outcome: &Outcome, printer: &Pri
     let Some(prompt) = &assembled.recipe.validate.sample else { return Ok(()) };
     let engine = Engine::load(&deployed(assembled, folder, outcome)?)?;
     printer.data("sample:")?;
-    let config = Config { temperature: 0.7, top_k: 0, top_p: 1.0, min_p: 0.05, seed: assembled.setup.seed };
-    generate::stream(&engine, prompt, config, cache::Options::default(), assembled.recipe.validate.sample_tokens, printer)
+    let sampling = Config { temperature: 0.7, top_k: 0, top_p: 1.0, min_p: 0.05, seed: assembled.setup.seed };
+    let settings = Settings { sampling, cache: cache::Options::default(), most: assembled.recipe.validate.sample_tokens };
+    generate::stream(&engine, prompt, &settings, printer)
 }
 
 /// Puts the recipe's questions to the base and to what was made from it.
@@ -232,12 +234,13 @@ fn ask(assembled: &Assembled, folder: &Path, outcome: &Outcome, printer: &Printe
     }
     let base = assembled.setup.finetune.as_ref().map(|finetune| Engine::load(&finetune.base)).transpose()?;
     let made = Engine::load(&deployed(assembled, folder, outcome)?)?;
+    let settings = Settings { sampling: Config::greedy(), cache: cache::Options::default(), most: validate.sample_tokens };
     for question in &validate.chat {
         let prompt = Open::user(question)?.prompt(&assembled.dataset.tokenizer)?;
         printer.data(format!("asked: {question}"))?;
         for (name, engine) in base.iter().map(|base| ("before", base)).chain([("after", &made)]) {
             printer.stream(&format!("  {name}: "))?;
-            generate::answer(engine, &prompt, Config::greedy(), cache::Options::default(), validate.sample_tokens, printer)?;
+            generate::answer(engine, &prompt, &settings, printer)?;
         }
     }
     Ok(())

@@ -171,7 +171,9 @@ fn special_ids(recipe: &Recipe, own: SpecialIds, finetune: Option<&Finetune>) ->
 /// Names the recipe's key instead of the option.
 fn at_chat(error: Error) -> Error {
     match error {
-        Error::Input { cause, .. } => Error::input("validate.chat", cause).fix("ask what the template of the data takes, or leave the key out"),
+        Error::Input { cause, .. } => {
+            Error::input("validate.chat", cause).fix("ask what the template of the data takes, or leave the key out")
+        }
         other => other,
     }
 }
