@@ -83,6 +83,32 @@ fn conversations_are_trained_on() {
 }
 
 #[test]
+fn a_model_answers_through_the_template_it_was_trained_with() {
+    let sandbox = Sandbox::new();
+    sandbox.write("chat.jsonl", records(200));
+    let set = ["data.sources=[{ chat = { path = \"chat.jsonl\", template = \"plain\" } }]", "model.context=256", "train.steps=60"];
+    let finish = ["export.formats=[\"gguf-f16\",\"hf\"]", "validate.chat=[\"say yes 3\"]", "validate.sample_tokens=24"];
+    let ran = sandbox.train(&[&set[..], &finish].concat()).done();
+    let asked = ran.out.split_once("asked: say yes 3\n  after: ").expect(&ran.out).1.trim_end().to_owned();
+    assert!(asked.contains("yes"), "{asked}");
+    sandbox.write("turns.json", r#"[{"role": "user", "content": "say yes 3"}]"#);
+    let common = ["--temperature", "0", "--max-tokens", "24"];
+    for model in ["run/step-000060", "run/export/hf", "run/export/model-f16.gguf"] {
+        let answer = |what: [&str; 2]| sandbox.osprey(&[&["generate", model], &what[..], &common].concat()).done().out;
+        assert_eq!(answer(["--chat", "say yes 3"]).trim_end(), asked, "{model}");
+        assert_eq!(answer(["--messages", "turns.json"]).trim_end(), asked, "{model}");
+    }
+    sandbox.write("bad.json", r#"[{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]"#);
+    let model = "run/step-000060";
+    sandbox.osprey(&["generate", model, "--messages", "bad.json"]).refused(&["bad.json:1", "roles out of order"]);
+    sandbox.osprey(&["generate", model, "--chat", " "]).refused(&["--chat", "empty"]);
+    std::fs::remove_file(sandbox.path("run/export/hf/chat_template.jinja")).unwrap();
+    sandbox.osprey(&["generate", "run/export/hf", "--chat", "a"]).refused(&["no chat template", "--prompt"]);
+    sandbox.train(&["validate.chat=[\"a\"]", "run.dir=other"]).refused(&["validate.chat", "no chat template", "leave the key out"]);
+    assert!(!sandbox.path("other").exists());
+}
+
+#[test]
 fn conversations_that_cannot_be_trained_leave_nothing_behind() {
     let sandbox = Sandbox::new();
     let before = sandbox.listing();

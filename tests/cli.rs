@@ -537,7 +537,7 @@ train <RECIPE> --device --help --json --quiet --replay --resume --set --verify-r
 export <MODEL> --document-separator --format --help --json --max-documents --merge-limit --out --quiet --text
 validate <ARTIFACT> --against --attention --certificate --context --device --document-separator --epsilon --help --json --kv --max-documents --quiet --text
 eval <MODEL> --attention --certificate --context --device --document-separator --epsilon --help --json --kv --max-documents --quiet --task --text --tokens
-generate <MODEL> --attention --certificate --device --epsilon --help --kv --max-tokens --min-p --prompt --quiet --seed --temperature --top-k --top-p
+generate <MODEL> --attention --certificate --chat --device --epsilon --help --kv --max-tokens --messages --min-p --prompt --quiet --seed --temperature --top-k --top-p
 data <RECIPE> --help --json --quiet --set
 plan <RECIPE> --help --json --quiet --set
 inspect <PATH> --help --json --quiet

@@ -5,6 +5,7 @@ mod cli;
 mod finetune;
 mod formats;
 mod golden;
+mod hub;
 mod layering;
 mod parity;
 #[cfg(feature = "mpi")]

@@ -95,6 +95,8 @@ impl Sandbox {
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_osprey"));
         command.args(arguments).current_dir(self.folder.path()).stdin(Stdio::null()).env_remove("RUST_BACKTRACE");
+        // A test has no network, and no models but its own.
+        command.env("HF_HUB_OFFLINE", "1").env("HF_HOME", self.path("hf-home")).env_remove("HF_HUB_CACHE").env_remove("HF_TOKEN");
         command
     }
 

@@ -208,6 +208,12 @@ pub struct Generate {
     /// Text to continue.
     #[arg(long, default_value = "", allow_hyphen_values = true)]
     pub prompt: String,
+    /// Ask this through the model's chat template, and print the answer.
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true, conflicts_with = "prompt")]
+    pub chat: Option<String>,
+    /// Answer the conversation in this JSON file: a list of objects with role and content, or a record of training data without its answer.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["prompt", "chat"])]
+    pub messages: Option<PathBuf>,
     /// Tokens to generate at most.
     #[arg(long, default_value_t = 128)]
     pub max_tokens: usize,

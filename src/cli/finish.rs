@@ -1,8 +1,10 @@
 //! What `osprey train` does after the last step: export, run what was exported, compare, and show a sample.
 
 use super::export::Proof;
+use super::generate::Settings;
 use super::printer::Printer;
 use super::{Status, export, generate, model, write_json};
+use crate::data::chat::Open;
 use crate::data::config::SourceConfig;
 use crate::data::{Probe, Skill, builtin, skill_probes};
 use crate::error::{Error, Result};
@@ -13,9 +15,16 @@ use crate::infer::{Engine, cache};
 use crate::model::LinearKind;
 use crate::recipe::Assembled;
 use crate::train::Outcome;
+use crate::validate::forgetting::{self, Sequence};
 use crate::validate::{Document, Limits, Options, Report, SkillPair, Verdict, compare, probing};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
+
+/// A model that ends fewer of its answers has not learned to.
+const WELL_ENDED: f64 = 0.5;
+
+/// Held-out conversations that the base and the result are compared on.
+const MOST_ANSWERS: usize = 200;
 
 #[derive(Serialize)]
 struct Finished {
@@ -35,6 +44,7 @@ pub(super) fn run(assembled: &Assembled, outcome: &Outcome, json: Option<&Path>,
     let folder = assembled.setup.run_dir.join("export");
     let mut reports = vec![];
     show_training(outcome, printer)?;
+    show_learning(assembled, outcome, printer)?;
     for target in assembled.recipe.export.targets()? {
         let path = place(&folder, target)?;
         let held_out = |_: &Loaded| Ok(some_held_out(assembled));
@@ -53,6 +63,7 @@ pub(super) fn run(assembled: &Assembled, outcome: &Outcome, json: Option<&Path>,
         show_chance(assembled, report, printer)?;
     }
     sample(assembled, &folder, outcome, printer)?;
+    ask(assembled, &folder, outcome, printer)?;
     let evaluation = outcome.evaluation.as_ref();
     let finished = Finished {
         step: outcome.step,
@@ -84,6 +95,32 @@ fn show_training(outcome: &Outcome, printer: &Printer) -> Result<()> {
     ))?;
     if outcome.data_wait_fraction >= 0.01 {
         printer.warn(format!("training waited for data {:.1}% of the time", outcome.data_wait_fraction * 100.0));
+    }
+    Ok(())
+}
+
+/// What fine-tuning on conversations taught: the loss on held-out answers of the base and of what was made from it.
+fn show_learning(assembled: &Assembled, outcome: &Outcome, printer: &Printer) -> Result<()> {
+    let Some(finetune) = &assembled.setup.finetune else { return Ok(()) };
+    let answers = assembled.dataset.held_out_sequences().into_iter().take(MOST_ANSWERS);
+    let answers: Vec<Sequence> = answers.map(|(ids, weights)| Sequence { ids, weights }).collect();
+    if answers.is_empty() {
+        return Ok(());
+    }
+    let measure = |path: &Path| forgetting::answers(&Engine::load(path)?, &answers, cache::Options::default());
+    let (before, after) = (measure(&finetune.base)?, measure(&outcome.checkpoint)?);
+    printer.data(format!(
+        "answers of {} held-out conversations: {:.4} nats per token before, {:.4} after; {:.0}% stop where they end ({:.0}% before)",
+        answers.len(),
+        before.nll_per_token,
+        after.nll_per_token,
+        after.ended * 100.0,
+        before.ended * 100.0
+    ))?;
+    if after.ended < WELL_ENDED {
+        printer.warn(
+            "the model seldom stops after an answer: train longer, or name a special token that the base knows better with data.end_of_text",
+        );
     }
     Ok(())
 }
@@ -173,7 +210,10 @@ fn documents(assembled: &Assembled, wanted: usize) -> Vec<Document> {
         .dataset
         .held_out_documents(wanted)
         .into_iter()
-        .filter_map(|ids| Document::from_ids(ids, context, &assembled.dataset.tokenizer))
+        .filter_map(|(ids, weights)| match weights {
+            Some(weights) => Document::of_answers(ids, &weights, context, &assembled.dataset.tokenizer),
+            None => Document::from_ids(ids, context, &assembled.dataset.tokenizer),
+        })
         .collect()
 }
 
@@ -181,8 +221,29 @@ fn sample(assembled: &Assembled, folder: &Path, outcome: &Outcome, printer: &Pri
     let Some(prompt) = &assembled.recipe.validate.sample else { return Ok(()) };
     let engine = Engine::load(&deployed(assembled, folder, outcome)?)?;
     printer.data("sample:")?;
-    let config = Config { temperature: 0.7, top_k: 0, top_p: 1.0, min_p: 0.05, seed: assembled.setup.seed };
-    generate::stream(&engine, prompt, config, cache::Options::default(), assembled.recipe.validate.sample_tokens, printer)
+    let sampling = Config { temperature: 0.7, top_k: 0, top_p: 1.0, min_p: 0.05, seed: assembled.setup.seed };
+    let settings = Settings { sampling, cache: cache::Options::default(), most: assembled.recipe.validate.sample_tokens };
+    generate::stream(&engine, prompt, &settings, printer)
+}
+
+/// Puts the recipe's questions to the base and to what was made from it.
+fn ask(assembled: &Assembled, folder: &Path, outcome: &Outcome, printer: &Printer) -> Result<()> {
+    let validate = &assembled.recipe.validate;
+    if validate.chat.is_empty() {
+        return Ok(());
+    }
+    let base = assembled.setup.finetune.as_ref().map(|finetune| Engine::load(&finetune.base)).transpose()?;
+    let made = Engine::load(&deployed(assembled, folder, outcome)?)?;
+    let settings = Settings { sampling: Config::greedy(), cache: cache::Options::default(), most: validate.sample_tokens };
+    for question in &validate.chat {
+        let prompt = Open::user(question)?.prompt(&assembled.dataset.tokenizer)?;
+        printer.data(format!("asked: {question}"))?;
+        for (name, engine) in base.iter().map(|base| ("before", base)).chain([("after", &made)]) {
+            printer.stream(&format!("  {name}: "))?;
+            generate::answer(engine, &prompt, &settings, printer)?;
+        }
+    }
+    Ok(())
 }
 
 fn place_of(folder: &Path, target: Target) -> PathBuf {

@@ -84,9 +84,11 @@ fn refuse_large_files_with_an_error() {
     }
 }
 
-/// Uses `threads` threads for all computation (every core when absent). Called once, before the first parallel work.
+/// Uses `threads` threads for all computation (every core when absent). Called once, before the first parallel work. This thread is one of
+/// them: steps that ran now on one thread and now on another would each time allocate from that thread's own heap, and both would keep a
+/// step's memory. Parallel work must therefore start here: a thread of its own would wait for this one.
 fn start_threads(threads: Option<usize>) -> crate::error::Result<()> {
-    let builder = rayon::ThreadPoolBuilder::new().num_threads(threads.unwrap_or(0));
+    let builder = rayon::ThreadPoolBuilder::new().num_threads(threads.unwrap_or(0)).use_current_thread();
     builder.build_global().map_err(|error| crate::error::Error::input("run.threads", error))
 }
 

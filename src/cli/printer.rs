@@ -154,11 +154,14 @@ fn line(record: &Record, total: u64, remaining: Option<Duration>) -> String {
 }
 
 fn fields(record: &Record) -> String {
-    let mut text = format!("loss {:>7}", fixed(record.number("loss"), 4));
-    for (name, label) in [("val_loss", "val"), ("val_loss_quantized", "quantized")] {
-        if let Some(value) = record.number(name) {
-            text += &format!("  {label} {:>7}", fixed(Some(value), 4));
-        }
+    let held_out = [("val_loss", "val"), ("val_loss_quantized", "quantized")];
+    let held_out = held_out.into_iter().filter_map(|(name, label)| Some(format!("{label} {:>7}", fixed(Some(record.number(name)?), 4))));
+    let held_out = held_out.collect::<Vec<_>>().join("  ");
+    // An evaluation between two lines of training has nothing else to say.
+    let Some(loss) = record.number("loss") else { return held_out };
+    let mut text = format!("loss {:>7}", fixed(Some(loss), 4));
+    if !held_out.is_empty() {
+        text += &format!("  {held_out}");
     }
     let rate = record.number("lr").map_or_else(|| "-".to_owned(), |lr| format!("{lr:.2e}"));
     text + &format!(
@@ -237,6 +240,7 @@ mod tests {
     fn an_evaluated_step_shows_both_losses() {
         let text = fields(&Record::new(1).with("loss", 2.0).with("val_loss", 2.1).with("val_loss_quantized", f64::NAN));
         assert_eq!(text, "loss  2.0000  val  2.1000  quantized     NaN  lr        -  grad       -        - tok/s");
+        assert_eq!(fields(&Record::new(1).with("val_loss", 2.1)), "val  2.1000");
     }
 
     #[test]

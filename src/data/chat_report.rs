@@ -37,7 +37,7 @@ pub struct ConversationReport {
 pub struct StopToken {
     pub token: String,
     pub answers: u64,
-    /// Whether it is the tokenizer's end-of-sequence token, at which generation stops by itself.
+    /// Whether generation stops at it by itself, without the template: the tokenizer's end-of-sequence token is one.
     pub is_eos: bool,
 }
 
@@ -69,7 +69,11 @@ pub(super) fn conversation_report(dataset: &Dataset, part: &Part, context: usize
             report.missing_bos += u64::from(tokens[0] != bos);
         }
     }
-    let stop = |(id, answers)| StopToken { token: tokenizer.piece(id).unwrap_or_default(), answers, is_eos: tokenizer.eos() == Some(id) };
+    let stop = |(id, answers)| StopToken {
+        token: tokenizer.piece(id).unwrap_or_default(),
+        answers,
+        is_eos: tokenizer.ends().any(|end| end == id),
+    };
     report.stop_tokens = stops.into_iter().map(stop).collect();
     report.trained_share = report.trained_tokens as f64 / shard.tokens().max(1) as f64;
     let positions = dataset.bins(part, context, None).rows() * context as u64;

@@ -33,6 +33,9 @@ pub struct Config {
     pub sources: Vec<SourceConfig>,
     /// Text to tokens.
     pub tokenizer: TokenizerConfig,
+    /// The special token that ends documents and answers, where it is to be another one than the tokenizer says: what a base never saw in
+    /// training is hard to teach it, to an adapter most of all.
+    pub end_of_text: Option<String>,
     /// What is held out of training.
     pub validation: Validation,
     /// How rows are cut from documents.
@@ -53,6 +56,7 @@ impl Default for Config {
             path: None,
             sources: Vec::new(),
             tokenizer: TokenizerConfig::Byte,
+            end_of_text: None,
             validation: Validation::Every(20),
             order: Order::Packed,
             first_rows: 0,

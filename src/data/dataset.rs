@@ -1,7 +1,7 @@
 //! From the recipe's sources to verified shards: trains or loads the tokenizer, tokenizes what changed, reuses the rest.
 
 use super::bins::Bins;
-use super::chat::Document;
+use super::chat::{Document, end_of_turn};
 use super::config::{BpeConfig, Config, Named, Order, TokenizerConfig, Validation, find};
 use super::pack::{Batch, Rules, Stream};
 use super::shard::{Shard, Writer};
@@ -43,7 +43,6 @@ pub struct Dataset {
     pub(super) first_rows: u64,
     pub(super) attend_across_documents: bool,
     pub(super) prefetch: usize,
-    chat_template: Option<String>,
 }
 
 /// Rows of a source: a window into its endless text, or whole sequences packed together.
@@ -71,7 +70,19 @@ impl Dataset {
         for path in sources.iter().chain(&held_out).flat_map(|source| source.source.left_out()) {
             notes(&format!("{} is left out: it has no field \"text\"", path.display()));
         }
-        let tokenizer = Arc::new(Preparation { config, recipe_folder, sources: &sources, held_out: held_out.as_ref() }.tokenizer(notes)?);
+        let mut tokenizer = Preparation { config, recipe_folder, sources: &sources, held_out: held_out.as_ref() }.tokenizer(notes)?;
+        if let Some(end) = &config.end_of_text {
+            tokenizer = tokenizer.with_end_of_text(end)?;
+        }
+        // A model is spoken to as its data spoke to it, and stops where its answers did.
+        if let Some(chat) = sources.iter().find_map(|source| source.chat.as_ref()) {
+            tokenizer = tokenizer.with_chat_template(chat.template());
+            tokenizer = match end_of_turn(&tokenizer) {
+                Some(end) => tokenizer.with_end(end),
+                None => tokenizer,
+            };
+        }
+        let tokenizer = Arc::new(tokenizer);
         let mut train = Vec::new();
         let mut validation = Vec::new();
         let conversations = conversations(config, &sources, &tokenizer, notes)?;
@@ -112,14 +123,7 @@ impl Dataset {
             first_rows: config.first_rows,
             attend_across_documents: config.attend_across_documents,
             prefetch: config.prefetch,
-            chat_template: sources.iter().find_map(|source| source.chat.as_ref()).map(|chat| chat.template().to_owned()),
         })
-    }
-
-    /// What a model's folder holds for the tokenizer, the chat template that the data went through included.
-    pub fn tokenizer_files(&self) -> Vec<(String, String)> {
-        let template = self.chat_template.clone().map(|text| ("chat_template.jinja".to_owned(), text));
-        self.tokenizer.files().into_iter().chain(template).collect()
     }
 
     /// What packing adds to text and hides from it.
@@ -188,15 +192,16 @@ impl Dataset {
         weighted.flat_map(|part| (0..part.shard.documents()).map(|at| (part.shard.document(at), part.shard.document_weights(at)))).collect()
     }
 
-    /// At most `most` held-out documents, evenly spaced over all of them, each with BOS in front where the tokenizer has one and the
-    /// document is no whole sequence already.
-    pub fn held_out_documents(&self, most: usize) -> Vec<Vec<u32>> {
+    /// At most `most` held-out documents, evenly spaced over all of them: a conversation with the weights of its tokens, or a text with BOS in
+    /// front where the tokenizer has one.
+    pub fn held_out_documents(&self, most: usize) -> Vec<(Vec<u32>, Option<Vec<f32>>)> {
         let all: Vec<(&Part, u64)> = self.validation.iter().flat_map(|part| (0..part.shard.documents()).map(move |d| (part, d))).collect();
         let wanted = most.min(all.len());
         let document = |at: usize| {
             let (part, document) = all[(2 * at + 1) * all.len() / (2 * wanted)];
-            let bos = self.tokenizer.bos().filter(|_| !part.shard.is_weighted());
-            bos.into_iter().chain(part.shard.document(document)).collect()
+            let weights = part.shard.is_weighted().then(|| part.shard.document_weights(document));
+            let bos = self.tokenizer.bos().filter(|_| weights.is_none());
+            (bos.into_iter().chain(part.shard.document(document)).collect(), weights)
         };
         (0..wanted).map(document).collect()
     }
@@ -406,6 +411,10 @@ fn conversations(config: &Config, sources: &[Named], tokenizer: &Tokenizer, note
                 chat.documents(tokenizer)?
             }
         };
+        if kept.is_none() && documents.is_empty() {
+            return Err(Error::input(&source.name, "there are no conversations to train on: the source is empty")
+                .fix("point the recipe at a file or folder with records in it"));
+        }
         read.push(Some((places, kept, documents)));
     }
     let write = |entry: Option<(Places<'_>, Option<[Shard; 2]>, Vec<Document>)>| {

@@ -10,6 +10,7 @@ pub mod chat;
 pub mod chat_report;
 pub mod config;
 pub mod dataset;
+pub mod hub;
 pub mod loader;
 pub mod mix;
 pub mod pack;

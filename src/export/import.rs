@@ -16,6 +16,7 @@ use super::parameter::Parameter;
 use super::ternary::TernaryWeights;
 use super::{Weights, peft, safetensors_dir, tokenizer_gguf};
 use crate::checkpoint;
+use crate::data::hub;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use crate::model::{Activation, LinearKind, Norm, RopeScaling, Spec};
@@ -46,11 +47,12 @@ impl Loaded {
     }
 }
 
-/// Opens the model at `path`.
+/// Opens the model at `path`, which may be the name of one on the Hugging Face hub (see [`hub`]).
 ///
 /// # Errors
 /// When there is none, it is malformed, or it is of a kind that cannot be run; the message names file and cause.
 pub fn load_any(path: &Path) -> Result<Loaded> {
+    let path = &*hub::resolve(path)?;
     if path.is_dir() {
         return load_directory(path);
     }
@@ -136,7 +138,7 @@ fn check_linears(spec: &Spec, parameters: &BTreeMap<String, Parameter>, path: &P
     Ok(())
 }
 
-fn check_tokenizer(tokenizer: Option<&Tokenizer>, spec: &Spec, path: &Path) -> Result<()> {
+pub(super) fn check_tokenizer(tokenizer: Option<&Tokenizer>, spec: &Spec, path: &Path) -> Result<()> {
     match tokenizer {
         Some(tokenizer) if tokenizer.vocabulary() > spec.vocab => {
             let (tokens, rows) = (tokenizer.vocabulary(), spec.vocab);

@@ -66,6 +66,16 @@ impl Parameter {
         }
     }
 
+    /// Gives the memory of a mapped file's pages back: they are read again when they are asked for again.
+    pub fn release(&self) {
+        #[cfg(unix)]
+        if let Bytes::Mapped(map, range) = &self.bytes {
+            // SAFETY: the map is a read-only view of a file, so dropping pages changes no byte that is read through it later. It is advice:
+            // a refusal changes nothing either.
+            let _ = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len()) };
+        }
+    }
+
     /// Number of weights.
     pub fn count(&self) -> usize {
         self.shape.iter().product()

@@ -1,16 +1,19 @@
 //! Adapters in the layout of Hugging Face PEFT: `adapter_config.json` beside `adapter_model.safetensors`, whose tensors are called
 //! `base_model.model.MODULE.lora_A.weight` (`[rank, in]`) and `....lora_B.weight` (`[out, rank]`).
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
 use super::adapter::{LowRank, LowRankAdapter};
-use super::import::{Loaded, load_any};
+use super::import::{Loaded, check_tokenizer, load_any};
 use super::safetensors_dir::{read_file, read_text};
 use super::{aside, parameter::Parameter};
 use crate::checkpoint;
+use crate::data::hub;
+use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use crate::model::Spec;
 use crate::model::adapt::Lora;
@@ -53,7 +56,23 @@ fn load_nested(folder: &Path, depth: usize) -> Result<Loaded> {
     let adapter = config.adapter()?;
     adapter.check(&loaded.spec, folder)?;
     loaded.adapter = Some(adapter);
+    if let Some(tokenizer) = own_tokenizer(folder, loaded.tokenizer.as_ref())? {
+        check_tokenizer(Some(&tokenizer), &loaded.spec, folder)?;
+        loaded.tokenizer = Some(tokenizer);
+    }
     Ok(loaded)
+}
+
+/// The tokenizer that lies beside an adapter, or the base's with the chat template that does: what the adapter was trained with.
+fn own_tokenizer(folder: &Path, base: Option<&Tokenizer>) -> Result<Option<Tokenizer>> {
+    if folder.join("tokenizer.json").is_file() {
+        return Tokenizer::load(folder).map(Some);
+    }
+    let template = folder.join("chat_template.jinja");
+    match base.filter(|_| template.is_file()) {
+        Some(base) => Ok(Some(base.clone().with_chat_template(read_text(&template)?))),
+        None => Ok(None),
+    }
 }
 
 /// Identifies a base: names, formats and shapes of its parameters with the first and last bytes of each, so that opening stays quick.
@@ -140,12 +159,14 @@ impl<'f> Config<'f> {
         let name = name.ok_or_else(|| self.refuse("has no base_model_name_or_path", "write the base's directory there"))?;
         let places = [PathBuf::from(name), self.folder.join(name)];
         let found = places.into_iter().find(|place| place.exists() && !same_place(place, self.folder));
-        found.ok_or_else(|| {
-            self.refuse(
+        match found {
+            Some(place) => Ok(place),
+            None if hub::is_name(Path::new(name)) => hub::resolve(Path::new(name)).map(Cow::into_owned),
+            None => Err(self.refuse(
                 format!("its base {name} is not on this machine"),
-                "download the base and write its directory into base_model_name_or_path",
-            )
-        })
+                "write the directory of the base, or its name on the hub, into base_model_name_or_path",
+            )),
+        }
     }
 
     fn number(&self, key: &str, default: f64) -> Result<f64> {
@@ -262,7 +283,8 @@ fn target_modules(modules: &BTreeSet<String>, spec: &Spec) -> Vec<String> {
     if meant == *modules { short.into_iter().collect() } else { modules.iter().cloned().collect() }
 }
 
-/// Copies the adapter of `folder` to the directory `out`, as PEFT would save it; its configuration names the base by a whole path.
+/// Copies the adapter of `folder` to the directory `out`, as PEFT would save it; its configuration names the base by a whole path, or by
+/// its name on the hub.
 ///
 /// # Errors
 /// When `folder` holds no adapter, or the system refuses.
@@ -275,7 +297,11 @@ pub fn export(folder: &Path, out: &Path) -> Result<u64> {
     let mut config = Config::read(folder)?;
     let base = config.base()?;
     let base = base.canonicalize().map_err(Error::io("resolve", &base))?;
-    config.map.insert("base_model_name_or_path".to_owned(), base.display().to_string().into());
+    const BASE: &str = "base_model_name_or_path";
+    let on_hub = config.map[BASE].as_str().is_some_and(|name| hub::is_name(Path::new(name)) && !folder.join(name).exists());
+    if !on_hub {
+        config.map.insert(BASE.to_owned(), base.display().to_string().into());
+    }
     let text = serde_json::to_string_pretty(&config.map).expect("a JSON value has a text") + "\n";
     let weights = std::fs::read(folder.join(WEIGHTS)).map_err(Error::io("read", folder.join(WEIGHTS)))?;
     let is_ours = |at: &Path| is_adapter(at) && !at.join(checkpoint::MANIFEST).is_file();
@@ -283,7 +309,7 @@ pub fn export(folder: &Path, out: &Path) -> Result<u64> {
         let put = |name: &str, bytes: &[u8]| std::fs::write(at.join(name), bytes).map_err(Error::io("write", at.join(name)));
         put(CONFIG, text.as_bytes())?;
         put(WEIGHTS, &weights)?;
-        for name in ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"] {
+        for name in ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"] {
             if let Ok(bytes) = std::fs::read(folder.join(name)) {
                 put(name, &bytes)?;
             }

@@ -11,11 +11,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde_json::{Value as Json, json};
 
 use super::gguf::{Metadata, Value};
+use crate::data::chat::end_of_turn;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 
 const OWN_JSON: &str = "osprey.tokenizer_json";
 const OWN_CONFIG: &str = "osprey.tokenizer_config";
+const CHAT_TEMPLATE: &str = "tokenizer.chat_template";
+const END_OF_TURN: &str = "tokenizer.ggml.eot_token_id";
 /// The score of pieces no merge makes: behind every merge.
 const NO_MERGE: f32 = -1e9;
 
@@ -51,6 +54,12 @@ pub fn write(tokenizer: &Tokenizer, vocab: usize, metadata: &mut Metadata) -> Re
         Kind::ByteFallback => definition.write_byte_fallback(metadata),
     };
     write_ids(tokenizer, metadata);
+    if let Some(template) = tokenizer.chat_template() {
+        metadata.set(CHAT_TEMPLATE, template);
+        if let Some(end) = end_of_turn(tokenizer) {
+            metadata.set(END_OF_TURN, end);
+        }
+    }
     metadata.set(OWN_JSON, definition.json.to_string());
     metadata.set(OWN_CONFIG, config(tokenizer).to_string());
     Ok(notes)
@@ -61,18 +70,28 @@ pub fn write_none(metadata: &mut Metadata) {
     metadata.set("tokenizer.ggml.model", "no_vocab");
 }
 
-/// The tokenizer inside a file: exact for files written here, rebuilt from merges for others of the `gpt2` model, `None` otherwise.
+/// The tokenizer inside a file, with its chat template: exact for files written here, rebuilt from merges for others of the `gpt2` model,
+/// `None` otherwise.
 ///
 /// # Errors
 /// When the keys contradict each other.
 pub fn read(metadata: &Metadata) -> Result<Option<Tokenizer>> {
+    let tokenizer = read_vocabulary(metadata)?;
+    let template = metadata.get(CHAT_TEMPLATE).and_then(Value::as_str);
+    Ok(match (tokenizer, template) {
+        (Some(tokenizer), Some(template)) => Some(tokenizer.with_chat_template(template)),
+        (tokenizer, _) => tokenizer,
+    })
+}
+
+fn read_vocabulary(metadata: &Metadata) -> Result<Option<Tokenizer>> {
     let text = |key: &str| metadata.get(key).and_then(Value::as_str);
     if let Some(json) = text(OWN_JSON) {
         let parse = |what: &str, text: &str| {
             serde_json::from_str::<Json>(text).map_err(|error| Error::input(what, format!("is not JSON: {error}")))
         };
         let config = text(OWN_CONFIG).map_or(Ok(Json::Null), |text| parse(OWN_CONFIG, text))?;
-        return Tokenizer::from_json(parse(OWN_JSON, json)?, &config, &Json::Null).map(Some);
+        return Tokenizer::from_json(parse(OWN_JSON, json)?, &config, &config).map(Some);
     }
     if text("tokenizer.ggml.model") != Some("gpt2") || text("tokenizer.ggml.pre").is_some_and(|pre| pre != "gpt-2") {
         return Ok(None);
@@ -93,10 +112,19 @@ pub fn read(metadata: &Metadata) -> Result<Option<Tokenizer>> {
     Tokenizer::from_byte_level(&tokens, &merges, &special, bos, id("tokenizer.ggml.eos_token_id"), true).map(Some)
 }
 
-/// What `Tokenizer::save` writes beside `tokenizer.json`, as far as ids depend on it.
+/// What `Tokenizer::save` writes beside `tokenizer.json`, as far as ids and templates depend on it.
 fn config(tokenizer: &Tokenizer) -> Json {
-    let name = |id: Option<u32>| id.and_then(|id| tokenizer.piece(id));
-    json!({ "bos_token": name(tokenizer.bos()), "eos_token": name(tokenizer.eos()), "add_bos_token": tokenizer.bos().is_some() })
+    let named = tokenizer.named_specials();
+    let mut config =
+        json!({ "bos_token": named.get("bos_token"), "eos_token": named.get("eos_token"), "add_bos_token": tokenizer.bos().is_some() });
+    for (name, token) in named {
+        config[name] = token.into();
+    }
+    let ends: Vec<u32> = tokenizer.ends().collect();
+    if ends.len() > 1 {
+        config["eos_token_id"] = ends.into();
+    }
+    config
 }
 
 fn write_ids(tokenizer: &Tokenizer, metadata: &mut Metadata) {

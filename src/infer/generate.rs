@@ -21,7 +21,7 @@ pub struct Generation<'s, 'e> {
     session: &'s mut Session<'e>,
     sampler: Sampler,
     text: Option<TextStream<'e>>,
-    end: Option<u32>,
+    ends: Vec<u32>,
     logits: Vec<f32>,
     ids: Vec<u32>,
     most: usize,
@@ -34,7 +34,15 @@ impl<'s, 'e> Generation<'s, 'e> {
         let tokenizer = session.engine().tokenizer()?;
         let sampler = Sampler::new(config)?;
         let logits = session.prefill(prompt)?;
-        Ok(Self { session, sampler, text: Some(tokenizer.stream()), end: tokenizer.eos(), logits, ids: vec![], most, stop: None })
+        let ends = tokenizer.ends().collect();
+        Ok(Self { session, sampler, text: Some(tokenizer.stream()), ends, logits, ids: vec![], most, stop: None })
+    }
+
+    /// The same, which ends at these tokens too.
+    #[must_use]
+    pub fn ending_at(mut self, ends: &[u32]) -> Self {
+        self.ends.extend(ends);
+        self
     }
 
     /// Tokens generated so far.
@@ -59,7 +67,7 @@ impl<'s, 'e> Generation<'s, 'e> {
             self.logits = self.session.step(last)?;
         }
         let id = self.sampler.sample(&self.logits)?;
-        if Some(id) == self.end {
+        if self.ends.contains(&id) {
             return Ok(Err(Stop::EndOfText));
         }
         self.ids.push(id);
@@ -119,6 +127,21 @@ mod tests {
             assert_eq!(argmax(&logits), id);
             logits = session.step(id).unwrap();
         }
+    }
+
+    #[test]
+    fn an_answer_ends_at_the_tokens_it_is_told() {
+        let spec = dense();
+        let engine = Artifact::checkpoint(&spec, &weights(&spec, 1)).engine();
+        let run = |ends: &[u32]| {
+            let mut session = Session::new(&engine, Format::F32, 40).unwrap();
+            let mut generation = Generation::new(&mut session, &[1, 2, 3], Config::greedy(), 8).unwrap().ending_at(ends);
+            generation.by_ref().for_each(|piece| drop(piece.unwrap()));
+            (generation.ids().to_vec(), generation.stop().unwrap())
+        };
+        let (ids, _) = run(&[]);
+        let first = ids.iter().position(|id| *id == ids[3]).unwrap();
+        assert_eq!(run(&[ids[3]]), (ids[..first].to_vec(), Stop::EndOfText));
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! From a path to an engine.
 
 use super::Engine;
+use crate::data::hub;
 use crate::error::{Error, Result};
 use crate::export::import::load_any;
 use crate::ops::cuda::Cuda;
@@ -31,7 +32,7 @@ impl FromStr for Processor {
 }
 
 impl Engine {
-    /// Opens a GGUF file, a Hugging Face directory or an Osprey checkpoint. Weights keep the bits of the file; the embedding stays mapped,
+    /// Opens a GGUF file, a Hugging Face directory, an Osprey checkpoint, or the model of that name on the hub. Weights keep the bits of the file; the embedding stays mapped,
     /// matrices are rearranged for the kernels.
     ///
     /// # Errors
@@ -50,6 +51,7 @@ impl Engine {
             Processor::Cpu => None,
             Processor::Cuda(number) => Some(Cuda::new(number)?),
         };
+        let path = &*hub::resolve(path)?;
         let mut loaded = load_any(path)?;
         let adapter = loaded.adapter.take();
         let mut engine = match (device, adapter) {
@@ -80,7 +82,7 @@ fn artifact_bytes(path: &Path) -> Result<u64> {
             || name.starts_with("model.safetensors.index")
             || name == "config.json";
         if counts {
-            total += entry.metadata().map_err(Error::io("inspect", entry.path()))?.len();
+            total += fs::metadata(entry.path()).map_err(Error::io("inspect", entry.path()))?.len();
         }
     }
     Ok(total)

@@ -1,6 +1,7 @@
 //! From a recipe to a run: opens the data, resolves the model, and gathers what the training loop needs.
 
 use super::{CacheConfig, Recipe, to_toml};
+use crate::data::chat::Open;
 use crate::data::config::TokenizerConfig;
 use crate::data::loader::Shape;
 use crate::data::{Batch, Cursor, Dataset, Loader};
@@ -15,6 +16,7 @@ use candle_core::Device;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
+use xxhash_rust::xxh3::xxh3_64;
 
 /// A recipe whose data is open and whose model is resolved.
 pub struct Assembled {
@@ -82,6 +84,9 @@ pub fn assemble(mut recipe: Recipe, recipe_path: &Path, device: Device, notes: &
     if device.is_cpu() {
         check_memory(&spec, start.row_tokens, start.finetune.as_ref(), &recipe)?;
     }
+    for question in &recipe.validate.chat {
+        Open::user(question).and_then(|open| open.prompt(&dataset.tokenizer)).map_err(at_chat)?;
+    }
     for target in recipe.export.targets()? {
         check_target(&spec, start.finetune.as_ref(), target)?;
     }
@@ -100,8 +105,8 @@ pub fn assemble(mut recipe: Recipe, recipe_path: &Path, device: Device, notes: &
         reference: !device.is_cpu(),
         device,
         recipe: to_toml(&recipe)?,
-        special_ids: start.finetune.as_ref().map_or(own_ids, Finetune::ids),
-        tokenizer_files: dataset.tokenizer_files(),
+        special_ids: special_ids(&recipe, own_ids, start.finetune.as_ref()),
+        tokenizer_files: dataset.tokenizer.files(),
         finetune: start.finetune,
         spec,
     };
@@ -148,12 +153,29 @@ fn base_tokenizer(recipe: &Recipe, finetune: &Finetune) -> Result<TokenizerConfi
         return Err(Error::file(&finetune.base, "has no tokenizer").fix("name one with data.tokenizer.file"));
     };
     // A GGUF file holds its tokenizer inside.
-    let folder = recipe.data.cache.join(format!("tokenizer-{}", tokenizer.fingerprint()));
+    let template = xxh3_64(tokenizer.chat_template().unwrap_or_default().as_bytes());
+    let folder = recipe.data.cache.join(format!("tokenizer-{}-{template:016x}", tokenizer.fingerprint()));
     if !folder.join("tokenizer.json").is_file() {
         std::fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
         tokenizer.save(&folder)?;
     }
     Ok(TokenizerConfig::File(folder))
+}
+
+/// The base's ids; the end of text is the recipe's, where it names one.
+fn special_ids(recipe: &Recipe, own: SpecialIds, finetune: Option<&Finetune>) -> SpecialIds {
+    let ids = finetune.map_or(own, Finetune::ids);
+    if recipe.data.end_of_text.is_some() { SpecialIds { eos: own.eos, ..ids } } else { ids }
+}
+
+/// Names the recipe's key instead of the option.
+fn at_chat(error: Error) -> Error {
+    match error {
+        Error::Input { cause, .. } => {
+            Error::input("validate.chat", cause).fix("ask what the template of the data takes, or leave the key out")
+        }
+        other => other,
+    }
 }
 
 /// Refuses an artifact that cannot be made, before training.

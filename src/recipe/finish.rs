@@ -53,13 +53,16 @@ pub struct ValidateConfig {
     /// Prompt of the printed sample; absent prints none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sample: Option<String>,
-    /// Length of the sample.
+    /// Length of the sample, and of answers at most.
     pub sample_tokens: usize,
+    /// Questions put to a model that was trained on conversations, and to the base it comes from.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub chat: Vec<String>,
 }
 
 impl Default for ValidateConfig {
     fn default() -> Self {
-        Self { documents: 0, probes: 0, cache: None, sample: None, sample_tokens: 120 }
+        Self { documents: 0, probes: 0, cache: None, sample: None, sample_tokens: 120, chat: Vec::new() }
     }
 }
 

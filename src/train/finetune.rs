@@ -1,5 +1,6 @@
 //! `[finetune]` of a recipe: a trained model to start from, and how much of it is trained.
 
+use crate::data::hub;
 use crate::error::{Error, Result};
 use crate::export::config::SpecialIds;
 use crate::export::import::{Loaded, load_any};
@@ -14,6 +15,7 @@ use crate::optim::Span;
 use crate::quant::nf4::Nf4Matrix;
 use candle_core::{DType, Device};
 use serde::{Deserialize, Serialize};
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -22,7 +24,7 @@ use std::sync::Arc;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
-    /// Checkpoint, Hugging Face directory, adapter, or (with `lora`) GGUF file.
+    /// Checkpoint, Hugging Face directory or name on its hub, adapter, or (with `lora`) GGUF file.
     pub base: PathBuf,
     /// Train low-rank matrices beside a frozen base; without it every weight is trained.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -98,6 +100,8 @@ pub struct Finetune {
     pub config: Config,
     /// Where the base lies, absolute.
     pub base: PathBuf,
+    /// What an adapter calls it: its name on the hub where it has one, else `base`.
+    pub base_name: PathBuf,
     pub loaded: Arc<Loaded>,
     /// The modules that get an adapter, with their shapes.
     pub targets: BTreeMap<String, [usize; 2]>,
@@ -136,7 +140,8 @@ impl Finetune {
             None => BTreeMap::new(),
         };
         let base = place.canonicalize().map_err(Error::io("resolve", &place))?;
-        Ok(Self { config: config.clone(), base, loaded: Arc::new(loaded), targets, spec })
+        let base_name = if hub::is_name(&config.base) && !beside(&config.base, recipe_folder) { config.base.clone() } else { base.clone() };
+        Ok(Self { config: config.clone(), base, base_name, loaded: Arc::new(loaded), targets, spec })
     }
 
     /// Tokens per row.
@@ -155,7 +160,9 @@ impl Finetune {
     /// When a tensor of the base cannot be decoded.
     pub fn parameters(&self, seed: u64, device: &Device) -> Result<Parameters> {
         let Some(lora) = &self.config.lora else {
-            return Parameters::from_tensors(&self.spec, &self.loaded.weights()?, device);
+            let parameters = Parameters::from_tensors(&self.spec, &self.loaded.weights()?, device);
+            self.loaded.parameters.values().for_each(Parameter::release);
+            return parameters;
         };
         let adapted = Adapted { adapter: Arc::new(lora.clone()), modules: self.targets.clone() };
         Parameters::adapted(Arc::new(self.frozen(device)?), adapted, seed, device)
@@ -172,11 +179,17 @@ impl Finetune {
     pub fn adapter_config(&self) -> Option<serde_json::Value> {
         let lora = self.config.lora.as_ref()?;
         let modules: BTreeSet<String> = self.targets.keys().cloned().collect();
-        Some(peft::config_json(lora, &modules, &self.spec, &self.base))
+        Some(peft::config_json(lora, &modules, &self.spec, &self.base_name))
     }
 
     fn frozen(&self, device: &Device) -> Result<BTreeMap<String, Frozen>> {
-        self.loaded.parameters.iter().map(|(name, parameter)| Ok((name.clone(), self.freeze(name, parameter, device)?))).collect()
+        let freeze = |(name, parameter): (&String, &Parameter)| {
+            let frozen = self.freeze(name, parameter, device)?;
+            // What was copied is not to be held twice; what is read in place comes back with the first step.
+            parameter.release();
+            Ok((name.clone(), frozen))
+        };
+        self.loaded.parameters.iter().map(freeze).collect()
     }
 
     /// One weight of the base as training holds it: ternary codes packed, quantized as asked, and otherwise in the bits of its file.
@@ -217,10 +230,22 @@ fn check_trainable(loaded: &Loaded, place: &Path) -> Result<()> {
     }
 }
 
+/// Whether `base` lies in the recipe's folder.
+fn beside(base: &Path, recipe_folder: &Path) -> bool {
+    recipe_folder.join(base).exists()
+}
+
 fn place(base: &Path, recipe_folder: &Path) -> Result<PathBuf> {
-    let places = [base.to_owned(), recipe_folder.join(base)];
-    places.into_iter().find(|place| place.exists()).ok_or_else(|| {
-        Error::input("finetune.base", format!("{} does not exist, neither in the working directory nor beside the recipe", base.display()))
-            .fix("give a checkpoint, a Hugging Face directory or a GGUF file")
-    })
+    if base.exists() {
+        return Ok(base.to_owned());
+    }
+    if beside(base, recipe_folder) {
+        return Ok(recipe_folder.join(base));
+    }
+    if hub::is_name(base) {
+        return hub::resolve(base).map(Cow::into_owned);
+    }
+    let cause = format!("{} does not exist, neither in the working directory nor beside the recipe", base.display());
+    Err(Error::input("finetune.base", cause)
+        .fix("give a checkpoint, a Hugging Face directory, a GGUF file, or the name of a model on the hub (organization/name)"))
 }

@@ -68,7 +68,7 @@ pub fn compare(
                 engine.logits(&hidden[first * ROWS * dim..][..targets.len() * dim])
             };
             let logits = [logits(artifact, &hidden[0])?, logits(reference, &hidden[1])?];
-            totals.add(index, first * ROWS + 1, targets, &logits, artifact.spec().vocab, options.worst);
+            totals.add((index, document), first * ROWS + 1, targets, &logits, artifact.spec().vocab, options.worst);
         }
         check_finite(totals.nll + totals.reference_nll, index)?;
         progress(index + 1);
@@ -118,11 +118,19 @@ fn place(logits: [&[f32]; 2], target: u32) -> Place {
 }
 
 impl Totals {
-    /// Adds the predictions of `targets`, the first at `position` of the document.
-    fn add(&mut self, document: usize, position: usize, targets: &[u32], logits: &[Vec<f32>; 2], vocab: usize, worst: usize) {
+    /// Adds the scored predictions of `targets`, the first at `position` of the document, which comes with its number.
+    fn add(
+        &mut self,
+        (document, scoring): (usize, &Document),
+        position: usize,
+        targets: &[u32],
+        logits: &[Vec<f32>; 2],
+        vocab: usize,
+        worst: usize,
+    ) {
         let rows = logits[0].par_chunks(vocab).zip(logits[1].par_chunks(vocab)).zip(targets);
         let places: Vec<Place> = rows.map(|((artifact, reference), &target)| place([artifact, reference], target)).collect();
-        for (offset, (place, &target)) in places.iter().zip(targets).enumerate() {
+        for (offset, (place, &target)) in places.iter().zip(targets).enumerate().filter(|(offset, _)| scoring.scores(position + offset)) {
             self.nll += place.nll[0];
             self.reference_nll += place.nll[1];
             self.kl += place.kl;

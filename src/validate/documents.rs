@@ -20,7 +20,9 @@ pub struct Protocol {
 pub struct Document {
     /// Token ids, at least two.
     pub ids: Vec<u32>,
-    /// Bytes of the text that the predicted tokens spell.
+    /// Which of the predicted tokens are scored; all where it is absent.
+    pub scored: Option<Vec<bool>>,
+    /// Bytes of the text that the scored tokens spell.
     pub predicted_bytes: usize,
     /// Whether the context cut something off.
     pub is_cut: bool,
@@ -32,12 +34,33 @@ impl Document {
         let is_cut = ids.len() > context;
         ids.truncate(context);
         let predicted_bytes = tokenizer.decode(ids.get(1..)?).ok()?.len();
-        (ids.len() >= 2).then_some(Self { ids, predicted_bytes, is_cut })
+        (ids.len() >= 2).then_some(Self { ids, scored: None, predicted_bytes, is_cut })
+    }
+
+    /// A conversation of which only what was trained is scored: `weights` as of training, one per id. What a model would say in place of
+    /// the user was never learned and decides nothing.
+    pub fn of_answers(ids: Vec<u32>, weights: &[f32], context: usize, tokenizer: &Tokenizer) -> Option<Self> {
+        let mut document = Self::from_ids(ids, context, tokenizer)?;
+        let scored: Vec<bool> = weights[1..document.ids.len()].iter().map(|&weight| weight > 0.0).collect();
+        let said: Vec<u32> = document.ids[1..].iter().zip(&scored).filter(|(_, scored)| **scored).map(|(&id, _)| id).collect();
+        document.predicted_bytes = tokenizer.decode(&said).ok()?.len();
+        document.scored = Some(scored);
+        (!said.is_empty()).then_some(document)
     }
 
     /// Number of tokens that are predicted.
     pub fn predicted(&self) -> usize {
         self.ids.len() - 1
+    }
+
+    /// Whether the prediction of the token at `position` counts (the first one predicted is at 1).
+    pub fn scores(&self, position: usize) -> bool {
+        self.scored.as_ref().is_none_or(|scored| scored[position - 1])
+    }
+
+    /// Number of tokens whose prediction counts.
+    pub fn scored(&self) -> usize {
+        self.scored.as_ref().map_or(self.predicted(), |scored| scored.iter().filter(|&&scored| scored).count())
     }
 }
 
@@ -96,7 +119,7 @@ fn document(text: &str, encoded: Vec<u32>, tokenizer: &Tokenizer, context: usize
     // Without BOS the first token of the text is given, not predicted.
     let whole = !is_cut && tokenizer.bos().is_some();
     let predicted_bytes = if whole { text.len() } else { tokenizer.decode(ids.get(1..).unwrap_or(&[]))?.len() };
-    Ok(Document { ids, predicted_bytes, is_cut })
+    Ok(Document { ids, scored: None, predicted_bytes, is_cut })
 }
 
 #[cfg(test)]
@@ -128,6 +151,17 @@ mod tests {
         let one = Protocol { max_documents: Some(1), ..separated("<e>") };
         assert_eq!(read(&path, &one, &Tokenizer::byte(), 5).unwrap().len(), 1);
         assert_eq!(texts(&path, &Protocol::default()).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn of_a_conversation_only_answers_count() {
+        let ids = vec![256, 65, 66, 67, 68];
+        let answers = |weights: &[f32], context| Document::of_answers(ids.clone(), weights, context, &Tokenizer::byte());
+        let document = answers(&[0.0, 0.0, 1.0, 0.0, 0.5], 9).unwrap();
+        assert_eq!((document.predicted(), document.scored(), document.predicted_bytes), (4, 2, 2));
+        assert_eq!((1..5).map(|position| document.scores(position)).collect::<Vec<_>>(), [false, true, false, true]);
+        assert_eq!(answers(&[0.0, 0.0, 1.0, 0.0, 0.5], 4).unwrap().scored(), 1);
+        assert!(answers(&[0.0, 0.0, 0.0, 0.0, 1.0], 4).is_none());
     }
 
     #[test]

@@ -10,7 +10,7 @@ use serde::Serialize;
 /// Positions whose logits are in memory at a time.
 pub(super) const ROWS: usize = 64;
 
-/// Loss over documents. Means are over predicted tokens.
+/// Loss over documents. Means are over the predicted tokens that are scored.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Evaluation {
     /// Nats.
@@ -18,7 +18,7 @@ pub struct Evaluation {
     pub perplexity: f64,
     /// Bits per byte of the text that the predicted tokens spell.
     pub bits_per_byte: f64,
-    /// Tokens predicted.
+    /// Tokens predicted and scored.
     pub tokens: usize,
     pub documents: usize,
     /// Documents longer than the context.
@@ -28,7 +28,7 @@ pub struct Evaluation {
 impl Evaluation {
     /// From the summed loss in nats.
     pub(super) fn new(nll: f64, documents: &[Document]) -> Self {
-        let tokens: usize = documents.iter().map(Document::predicted).sum();
+        let tokens: usize = documents.iter().map(Document::scored).sum();
         let bytes: usize = documents.iter().map(|document| document.predicted_bytes).sum();
         let mean = nll / tokens as f64;
         Self {
@@ -60,10 +60,10 @@ pub fn evaluate(
         let hidden = session.hidden(inputs)?;
         let dim = engine.spec().dim;
         let mut nll = 0.0;
-        for (hidden, targets) in hidden.chunks(ROWS * dim).zip(targets.chunks(ROWS)) {
+        for (chunk, (hidden, targets)) in hidden.chunks(ROWS * dim).zip(targets.chunks(ROWS)).enumerate() {
             let logits = engine.logits(hidden)?;
             let losses: Vec<f64> = logits.par_chunks(engine.spec().vocab).zip(targets).map(|(row, &target)| loss(row, target)).collect();
-            nll += losses.iter().sum::<f64>();
+            nll += losses.iter().enumerate().filter(|(row, _)| document.scores(chunk * ROWS + row + 1)).map(|(_, loss)| loss).sum::<f64>();
         }
         check_finite(nll, done)?;
         total += nll;
@@ -100,7 +100,8 @@ mod tests {
         let spec = dense();
         let masters = weights(&spec, 1);
         let engine = Artifact::checkpoint(&spec, &masters).engine();
-        let document = |count: usize, seed| Document { ids: ids(count, spec.vocab, seed), predicted_bytes: 10, is_cut: seed == 2 };
+        let document =
+            |count: usize, seed| Document { ids: ids(count, spec.vocab, seed), scored: None, predicted_bytes: 10, is_cut: seed == 2 };
         let documents = [document(2, 1), document(150, 2), document(70, 3)];
         let evaluation = evaluate(&engine, &documents, Format::F32, |_| {}).unwrap();
         let expected: f64 = documents
@@ -125,7 +126,7 @@ mod tests {
     fn ids_beyond_the_vocabulary_are_refused() {
         let spec = dense();
         let engine = Artifact::checkpoint(&spec, &weights(&spec, 1)).engine();
-        let document = |ids: Vec<u32>| [Document { ids, predicted_bytes: 1, is_cut: false }];
+        let document = |ids: Vec<u32>| [Document { ids, scored: None, predicted_bytes: 1, is_cut: false }];
         assert!(evaluate(&engine, &document(vec![300, 1]), Format::F32, |_| {}).is_err());
         assert!(evaluate(&engine, &document(vec![1, 300]), Format::F32, |_| {}).is_err());
         assert!(evaluate(&engine, &document(vec![1; 202]), Format::F32, |_| {}).unwrap_err().to_string().contains("201"));

@@ -10,6 +10,7 @@ use crate::data::config::SourceConfig;
 use crate::data::{Probe, builtin, skill_probes};
 use crate::error::{Error, Result};
 use crate::infer::cache::Options;
+use crate::infer::sampler::argmax;
 use crate::infer::{Engine, Session};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -145,18 +146,29 @@ impl Yardstick {
         let skills: Vec<SkillScore> = if self.probes.is_empty() { Vec::new() } else { skills(engine, &self.probes, cache)? };
         Ok(Standing {
             general_nll: evaluate(engine, &self.documents, cache, |_| ())?.nll_per_token,
-            new_nll: answers_nll(engine, &self.answers, cache)?,
+            new_nll: answers(engine, &self.answers, cache)?.nll_per_token,
             tasks: tasks.into_iter().map(|(name, score)| (name, score.accuracy)).collect(),
             skills: skills.iter().map(|score| (score.skill.name().to_owned(), score.share())).collect(),
         })
     }
 }
 
-/// The mean loss over the trained tokens of `sequences`, by weight, in nats.
+/// How a model does on answers that it did not learn from.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Answers {
+    /// Mean loss over the trained tokens, by weight, in nats.
+    pub nll_per_token: f64,
+    /// Share of the special tokens that end answers which are the likeliest where they stand: what makes generation stop.
+    pub ended: f64,
+}
+
+/// Runs `engine` over `sequences`.
 ///
 /// # Errors
 /// An id is beyond the vocabulary, or the model gives a loss that is not finite.
-pub fn answers_nll(engine: &Engine, sequences: &[Sequence], cache: Options) -> Result<f64> {
+pub fn answers(engine: &Engine, sequences: &[Sequence], cache: Options) -> Result<Answers> {
+    let tokenizer = engine.tokenizer()?;
+    let (mut ends, mut ended) = (0usize, 0usize);
     let (dim, vocab, context) = (engine.spec().dim, engine.spec().vocab, engine.spec().context);
     let mut session = Session::new(engine, cache, context)?;
     let (mut sum, mut weight) = (0.0, 0.0);
@@ -172,12 +184,16 @@ pub fn answers_nll(engine: &Engine, sequences: &[Sequence], cache: Options) -> R
                 let target = row.get(ids[at + 1] as usize).copied().unwrap_or(f32::NAN);
                 sum += f64::from(weights[at + 1]) * (log_sum_exp(row) - f64::from(target));
                 weight += f64::from(weights[at + 1]);
+                if tokenizer.is_special(ids[at + 1]) {
+                    ends += 1;
+                    ended += usize::from(argmax(row) == ids[at + 1]);
+                }
             }
         }
     }
     let mean = sum / weight;
     if mean.is_finite() {
-        return Ok(mean);
+        return Ok(Answers { nll_per_token: mean, ended: ended as f64 / ends.max(1) as f64 });
     }
     Err(Error::input("model", "gives no finite loss on the held-out answers").fix("check the data with `osprey data`"))
 }
@@ -209,9 +225,9 @@ mod tests {
                 weight += f64::from(weights[at + 1]);
             }
         }
-        let found = answers_nll(&engine, &sequences, Options::default()).unwrap();
+        let found = answers(&engine, &sequences, Options::default()).unwrap().nll_per_token;
         assert!((found - sum / weight).abs() < 1e-5, "{found} {}", sum / weight);
-        assert!(answers_nll(&engine, &[], Options::default()).is_err());
+        assert!(answers(&engine, &[], Options::default()).is_err());
     }
 
     #[test]

@@ -7,6 +7,7 @@
 
 mod files;
 mod mask;
+mod prompt;
 mod python;
 mod records;
 mod template;
@@ -29,6 +30,7 @@ use template::{Template, Text};
 use xxhash_rust::xxh3::xxh3_64;
 
 pub use mask::Train;
+pub use prompt::{Open, Prompt, end_of_turn};
 pub use records::{Fields, Records};
 pub use template::{NamedTemplate, TemplateConfig};
 
@@ -110,10 +112,7 @@ fn named_specials(tokenizer: &Path) -> Result<BTreeMap<String, String>> {
     }
     let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
     let json: serde_json::Value = serde_json::from_str(&text).map_err(|error| Error::file(&path, format!("not JSON: {error}")))?;
-    let names = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
-    let token =
-        |name: &str| json[name].as_str().or_else(|| json[name]["content"].as_str()).map(|token| (name.to_owned(), token.to_owned()));
-    Ok(names.into_iter().filter_map(token).collect())
+    Ok(crate::data::tokenizer::named_specials(&json))
 }
 
 impl Chat {
@@ -142,25 +141,11 @@ impl Chat {
         Template::new(&self.template, specials, self.date)
     }
 
-    /// The special tokens by the names templates know them by: those the tokenizer's folder names, else its own two.
-    fn specials(&self, tokenizer: &Tokenizer) -> BTreeMap<String, String> {
-        let piece = |id: Option<u32>| id.and_then(|id| tokenizer.piece(id));
-        let own = [("bos_token", tokenizer.bos()), ("eos_token", tokenizer.eos())];
-        let mut specials: BTreeMap<String, String> =
-            own.into_iter().filter_map(|(name, id)| piece(id).map(|piece| (name.to_owned(), piece))).collect();
-        specials.extend(self.specials.clone());
-        specials
-    }
-
     /// Every record as tokens and weights, in order. One mistake anywhere refuses them all.
     pub(super) fn documents(&self, tokenizer: &Tokenizer) -> Result<Vec<Document>> {
-        let template = self.template_with(self.specials(tokenizer))?;
-        let (bos, eos) = (template.special("bos_token"), template.special("eos_token"));
-        let mut stops: Vec<String> = tokenizer.special_pieces().into_iter().filter(|piece| piece != bos || bos == eos).collect();
-        if !eos.is_empty() && !stops.iter().any(|stop| stop == eos) {
-            stops.push(eos.to_owned());
-        }
-        let renderer = Renderer::new(&template, stops, self.train);
+        let specials = self.specials.clone().into_iter().chain(tokenizer.named_specials()).collect();
+        let template = self.template_with(specials)?;
+        let renderer = Renderer::new(&template, stops(tokenizer, &template), self.train);
         let mut conversations = Vec::new();
         self.visit_conversations(&mut |path, line, conversation| {
             conversations.push((path.to_path_buf(), line, conversation));
@@ -176,6 +161,16 @@ impl Chat {
         };
         conversations.par_iter().map(encode).collect()
     }
+}
+
+/// The special tokens at which generation may stop when text comes from `template`: all but the one that begins a sequence.
+fn stops(tokenizer: &Tokenizer, template: &Template) -> Vec<String> {
+    let (bos, eos) = (template.special("bos_token"), template.special("eos_token"));
+    let mut stops: Vec<String> = tokenizer.special_pieces().into_iter().filter(|piece| piece != bos || bos == eos).collect();
+    if !eos.is_empty() && !stops.iter().any(|stop| stop == eos) {
+        stops.push(eos.to_owned());
+    }
+    stops
 }
 
 /// Tokens of a rendered conversation. A token counts when any of its text does: the first word of an answer carries the blank before it.

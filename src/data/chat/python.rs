@@ -207,6 +207,29 @@ impl Date {
         valid.then_some(date)
     }
 
+    /// The day that is `days` after 1970-01-01.
+    pub(super) fn of_day(days: u64) -> Self {
+        let mut date = Self { year: 1970, month: 1, day: 1 };
+        // Whole cycles of the calendar first, so that the rest is short.
+        let cycles = u32::try_from(days / 146_097).unwrap_or(0);
+        let mut rest = (days % 146_097) as u32;
+        date.year += 400 * cycles;
+        loop {
+            let year = date.month_days(2) + 337;
+            if rest < year {
+                break;
+            }
+            rest -= year;
+            date.year += 1;
+        }
+        while rest >= date.month_days(date.month) {
+            rest -= date.month_days(date.month);
+            date.month += 1;
+        }
+        date.day += rest;
+        date
+    }
+
     fn month_days(self, month: u32) -> u32 {
         let leap = self.year.is_multiple_of(4) && (!self.year.is_multiple_of(100) || self.year.is_multiple_of(400));
         match month {
@@ -312,6 +335,10 @@ mod tests {
         assert_eq!(date("2026-01-01", "%A %j"), "Thursday 001");
         for wrong in ["2023-02-29", "2024-13-01", "24-01-01", "2024-1-1", "2024-01-01-01", "today", ""] {
             assert!(Date::parse(wrong).is_none(), "{wrong}");
+        }
+        for (days, text) in [(0, "1970-01-01"), (59, "1970-03-01"), (11_016, "2000-02-29"), (20_454, "2026-01-01"), (146_097, "2370-01-01")]
+        {
+            assert_eq!(Date::parse(text), Some(Date::of_day(days)));
         }
         assert!(Date::parse("2024-01-01").unwrap().format("%Q").is_err());
     }

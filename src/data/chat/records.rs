@@ -53,6 +53,14 @@ pub(super) struct Message {
 }
 
 impl Message {
+    pub(super) fn user(content: &str) -> Result<Self, Fault> {
+        Self::new("user", content)
+    }
+
+    pub(super) fn assistant(content: &str) -> Result<Self, Fault> {
+        Self::new("assistant", content)
+    }
+
     fn new(role: &str, content: impl Into<String>) -> Result<Self, Fault> {
         Ok(Self { speaker: speaker(role)?, role: role.into(), content: content.into(), further: Record::new(), weight: None })
     }
@@ -111,8 +119,21 @@ impl Records {
         }
     }
 
-    /// The conversation in `record`.
+    /// The conversation in `record`, which ends with an answer.
     pub(super) fn read(&self, record: &Record) -> Result<Conversation, Fault> {
+        let conversation = self.turns(record)?;
+        check_turns(&conversation.messages)?;
+        check_answered(&conversation.messages)?;
+        Ok(conversation)
+    }
+
+    /// The turns of a list of messages.
+    pub(super) fn messages_of(list: Vec<Value>) -> Result<Vec<Message>, Fault> {
+        turns(&Record::from_iter([("messages".to_owned(), Value::Array(list))]), "messages", message)
+    }
+
+    /// The turns in `record`, in whatever order they come.
+    pub(super) fn turns(&self, record: &Record) -> Result<Conversation, Fault> {
         let messages = match self {
             Self::Messages => with_system(record, turns(record, "messages", message)?)?,
             Self::ShareGpt => with_system(record, turns(record, "conversations", share_gpt)?)?,
@@ -131,8 +152,27 @@ impl Records {
             }
             Self::Fields(fields) => prompt_completion(record, &fields.prompt, &fields.completion)?,
         };
-        check_turns(&messages)?;
         Ok(Conversation { messages, tools: tools(record)? })
+    }
+}
+
+impl Conversation {
+    /// Refuses turns in another order than templates know, and those that leave the assistant nothing to answer.
+    pub(super) fn check_open(&self) -> Result<(), Fault> {
+        check_turns(&self.messages)?;
+        match self.messages.last() {
+            Some(last) if matches!(last.speaker, Speaker::User | Speaker::Tool) => Ok(()),
+            last => Err(fault(
+                format!(
+                    "the conversation ends with {} turn: there is nothing to answer",
+                    last.map_or("no", |last| match last.speaker {
+                        Speaker::Assistant => "an assistant",
+                        _ => "a system",
+                    })
+                ),
+                "end it with a user turn",
+            )),
+        }
     }
 }
 
@@ -285,7 +325,7 @@ fn tools(record: &Record) -> Result<Value, Fault> {
     }
 }
 
-/// An optional system turn, then user and assistant in turn, tools only after a turn that calls them, an assistant at the end.
+/// An optional system turn, then user and assistant in turn, tools only after a turn that calls them.
 fn check_turns(messages: &[Message]) -> Result<(), Fault> {
     let order = "a conversation is an optional system turn, then user and assistant in turn, with tool turns after a call";
     let mut before: Option<&Message> = None;
@@ -309,7 +349,12 @@ fn check_turns(messages: &[Message]) -> Result<(), Fault> {
         }
         before = Some(message);
     }
-    match before {
+    Ok(())
+}
+
+/// There is an answer, and it comes last.
+fn check_answered(messages: &[Message]) -> Result<(), Fault> {
+    match messages.last() {
         None => Err(fault("the conversation has no turns", "remove the record")),
         Some(last) if last.speaker != Speaker::Assistant => Err(fault(
             format!("the conversation ends with a {} turn: there is no answer to learn", last.role),

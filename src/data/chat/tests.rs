@@ -204,7 +204,7 @@ fn records_become_rows() {
     let records: String =
         (0..40).map(|at| format!("{{\"prompt\": \"count to {at}\", \"completion\": \"{}\"}}\n", "1 ".repeat(at + 1).trim())).collect();
     let dataset = open(&records, "template = \"plain\"").unwrap();
-    assert!(dataset.tokenizer_files().iter().any(|(name, text)| name == "chat_template.jinja" && text.contains("Assistant: ")));
+    assert!(dataset.tokenizer.files().iter().any(|(name, text)| name == "chat_template.jinja" && text.contains("Assistant: ")));
     let mut rows = Rows::new(&dataset, 128, 5).unwrap();
     let batch = rows.batch(0, 64);
     let share = batch.trained_tokens() as f64 / (64.0 * 128.0);

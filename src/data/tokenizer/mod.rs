@@ -10,6 +10,7 @@ mod stream;
 use crate::error::{Error, Result};
 use rayon::prelude::*;
 use serde_json::Value;
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
 use xxhash_rust::xxh3::xxh3_64;
@@ -23,6 +24,9 @@ const PIECE_BYTES: usize = 1 << 14;
 /// A `tokenizer.json` larger than this is refused: the largest vocabularies in use take some 30 MB.
 const LARGEST_FILE_BYTES: u64 = 1 << 28;
 
+/// The names by which chat templates know special tokens.
+const NAMED: [&str; 7] = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
+
 /// A tokenizer with its beginning-of-sequence and end-of-sequence ids.
 #[derive(Clone)]
 pub struct Tokenizer {
@@ -31,6 +35,11 @@ pub struct Tokenizer {
     json: Value,
     bos: Option<u32>,
     eos: Option<u32>,
+    /// Further tokens at which generation stops.
+    ends: Vec<u32>,
+    /// Special tokens by the names of [`NAMED`].
+    named: BTreeMap<String, String>,
+    chat_template: Option<String>,
     vocabulary: usize,
     cut: Cut,
     /// Bytes no token spells: such text would vanish without a word.
@@ -77,18 +86,25 @@ impl Tokenizer {
         build::from_byte_level(pieces, merges, special, bos, eos, pattern)
     }
 
-    /// Reads a `tokenizer.json`, or the folder that holds one. Beside it, `tokenizer_config.json` and `config.json` say which ids
-    /// begin and end a sequence. A sequence begins with BOS when `add_bos_token` says so or, where that is absent, when the
+    /// Reads a `tokenizer.json`, or the folder that holds one. Beside it, `tokenizer_config.json`, `generation_config.json` and
+    /// `config.json` say which ids begin and end a sequence, and `chat_template.jinja` how conversations are spelled. A sequence begins with BOS when `add_bos_token` says so or, where that is absent, when the
     /// tokenizer's own template puts one there.
     pub fn load(path: &Path) -> Result<Self> {
         let file = if path.is_dir() { path.join("tokenizer.json") } else { path.to_path_buf() };
         let json = read_json(&file)?;
         let folder = file.parent().unwrap_or(Path::new("."));
         let optional = |name: &str| if folder.join(name).is_file() { read_json(&folder.join(name)) } else { Ok(Value::Null) };
-        Self::from_json(json, &optional("tokenizer_config.json")?, &optional("config.json")?).map_err(|error| match error {
-            Error::Input { cause, fix, .. } => Error::Input { place: file.display().to_string(), cause, fix },
-            other => other,
-        })
+        let mut tokenizer =
+            Self::from_json(json, &optional("tokenizer_config.json")?, &optional("config.json")?).map_err(|error| match error {
+                Error::Input { cause, fix, .. } => Error::Input { place: file.display().to_string(), cause, fix },
+                other => other,
+            })?;
+        tokenizer.add_ends(&optional("generation_config.json")?);
+        let template = folder.join("chat_template.jinja");
+        if template.is_file() {
+            tokenizer.chat_template = Some(std::fs::read_to_string(&template).map_err(Error::io("read", &template))?);
+        }
+        Ok(tokenizer)
     }
 
     /// From the text of a `tokenizer.json` and what its companions say (`Value::Null` where absent).
@@ -123,7 +139,70 @@ impl Tokenizer {
         }
         let cut = find_cut(&json);
         let missing_bytes = find_missing_bytes(&json, &inner);
-        Ok(Self { inner, json, bos, eos, vocabulary, cut, missing_bytes })
+        let (named, chat_template) = (named_specials(tokenizer_config), chat_template(tokenizer_config));
+        let mut made = Self { inner, json, bos, eos, ends: vec![], named, chat_template, vocabulary, cut, missing_bytes };
+        made.add_ends(config);
+        Ok(made)
+    }
+
+    /// Takes over the ids at which a `config.json` or `generation_config.json` lets generation stop.
+    fn add_ends(&mut self, config: &Value) {
+        let listed = &config["eos_token_id"];
+        let ids = listed.as_array().map_or(std::slice::from_ref(listed), Vec::as_slice).iter();
+        ids.filter_map(Value::as_u64).filter_map(|id| u32::try_from(id).ok()).for_each(|id| self.add_end(id));
+    }
+
+    fn add_end(&mut self, id: u32) {
+        if Some(id) != self.eos && !self.ends.contains(&id) && (id as usize) < self.vocabulary {
+            self.ends.push(id);
+        }
+    }
+
+    /// The same, which lets generation stop at `id` too.
+    #[must_use]
+    pub fn with_end(mut self, id: u32) -> Self {
+        self.add_end(id);
+        self
+    }
+
+    /// The same with the special token `piece` at the end of documents.
+    ///
+    /// # Errors
+    /// When the vocabulary has no such special token.
+    pub fn with_end_of_text(mut self, piece: &str) -> Result<Self> {
+        let Some(id) = self.id(piece).filter(|&id| self.is_special(id)) else {
+            let known = self.special_pieces().join(", ");
+            return Err(Error::input("data.end_of_text", format!("{piece:?} is no special token of the vocabulary"))
+                .fix(format!("choose one of {known}, or leave the key out")));
+        };
+        self.eos = Some(id);
+        self.named.insert("eos_token".to_owned(), piece.to_owned());
+        self.ends.retain(|&end| end != id);
+        Ok(self)
+    }
+
+    /// The same with another chat template.
+    #[must_use]
+    pub fn with_chat_template(mut self, text: impl Into<String>) -> Self {
+        self.chat_template = Some(text.into());
+        self
+    }
+
+    /// What turns a conversation into text: Jinja, as transformers runs it.
+    pub fn chat_template(&self) -> Option<&str> {
+        self.chat_template.as_deref()
+    }
+
+    /// The special tokens by the names templates know them by (`bos_token`, `eos_token`, ...): those that its companions name, else its own.
+    pub fn named_specials(&self) -> BTreeMap<String, String> {
+        let own = [("bos_token", self.bos), ("eos_token", self.eos)];
+        let own = own.into_iter().filter_map(|(name, id)| Some((name.to_owned(), id.and_then(|id| self.piece(id))?)));
+        own.chain(self.named.clone()).collect()
+    }
+
+    /// Every token at which generation stops, the end-of-sequence token first.
+    pub fn ends(&self) -> impl Iterator<Item = u32> {
+        self.eos.into_iter().chain(self.ends.iter().copied())
     }
 
     /// The token every sequence starts with, where there is one.
@@ -275,19 +354,29 @@ impl Tokenizer {
         TextStream::new(self)
     }
 
-    /// Names and texts of `tokenizer.json` and `tokenizer_config.json`, as transformers reads them.
+    /// Names and texts of `tokenizer.json`, `tokenizer_config.json` and, where there are such things, `chat_template.jinja` and
+    /// `generation_config.json`, as transformers reads them.
     pub fn files(&self) -> Vec<(String, String)> {
-        let name = |id: Option<u32>| id.and_then(|id| self.piece(id)).map_or(Value::Null, Value::String);
-        let config = serde_json::json!({
+        let named = self.named_specials();
+        let mut config = serde_json::json!({
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": name(self.bos),
-            "eos_token": name(self.eos),
+            "bos_token": named.get("bos_token"),
+            "eos_token": named.get("eos_token"),
             "add_bos_token": self.bos.is_some(),
             "add_eos_token": false,
             "clean_up_tokenization_spaces": false,
         });
+        for (name, token) in named {
+            config[name] = token.into();
+        }
         let text = |value: &Value| serde_json::to_string_pretty(value).expect("a JSON value always prints") + "\n";
-        vec![("tokenizer.json".to_owned(), text(&self.json)), ("tokenizer_config.json".to_owned(), text(&config))]
+        let mut files = vec![("tokenizer.json".to_owned(), text(&self.json)), ("tokenizer_config.json".to_owned(), text(&config))];
+        files.extend(self.chat_template.clone().map(|template| ("chat_template.jinja".to_owned(), template)));
+        if !self.ends.is_empty() {
+            let ends = serde_json::json!({ "bos_token_id": self.bos, "eos_token_id": self.ends().collect::<Vec<_>>() });
+            files.push(("generation_config.json".to_owned(), text(&ends)));
+        }
+        files
     }
 
     /// Writes [`Tokenizer::files`] into `folder`.
@@ -303,6 +392,19 @@ impl std::fmt::Debug for Tokenizer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Tokenizer({} tokens, bos {:?}, eos {:?}, {})", self.vocabulary, self.bos, self.eos, self.fingerprint())
     }
+}
+
+/// The special tokens that a `tokenizer_config.json` names, each a string or `{"content": ...}`.
+pub(super) fn named_specials(config: &Value) -> BTreeMap<String, String> {
+    let token =
+        |name: &str| config[name].as_str().or_else(|| config[name]["content"].as_str()).map(|token| (name.to_owned(), token.to_owned()));
+    NAMED.into_iter().filter_map(token).collect()
+}
+
+/// The `chat_template` of a `tokenizer_config.json`: a string, or the one called `default` of a list.
+fn chat_template(config: &Value) -> Option<String> {
+    let listed = || config["chat_template"].as_array()?.iter().find(|entry| entry["name"] == "default")?["template"].as_str();
+    config["chat_template"].as_str().or_else(listed).map(str::to_owned)
 }
 
 fn read_json(path: &Path) -> Result<Value> {

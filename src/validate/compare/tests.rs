@@ -4,7 +4,7 @@ use crate::export::Target;
 use crate::infer::testing::{Artifact, dense, ids, ternary, training_logits, weights};
 
 fn documents(vocab: usize) -> Vec<Document> {
-    let document = |count: usize, seed| Document { ids: ids(count, vocab, seed), predicted_bytes: count, is_cut: false };
+    let document = |count: usize, seed| Document { ids: ids(count, vocab, seed), scored: None, predicted_bytes: count, is_cut: false };
     vec![document(100, 1), document(3, 2)]
 }
 
@@ -54,6 +54,22 @@ fn figures_match_the_logits_of_both() {
     assert!(report.worst_tokens.windows(2).all(|pair| pair[0].kl >= pair[1].kl));
     assert_eq!(report.format, "q8_0");
     assert!((8.5..9.0).contains(&report.bits_per_weight), "{}", report.bits_per_weight);
+}
+
+#[test]
+fn what_is_not_scored_changes_no_figure() {
+    let spec = dense();
+    let masters = weights(&spec, 2);
+    let exported = Artifact::exported(&spec, &masters, Target::GgufQ8_0);
+    let (artifact, reference) = (exported.engine(), Artifact::checkpoint(&spec, &masters).engine());
+    let all = documents(spec.vocab);
+    // The first ninety predictions of the first document, and those by themselves.
+    let short = vec![Document { ids: all[0].ids[..91].to_vec(), ..all[0].clone() }];
+    let masked = vec![Document { scored: Some((0..99).map(|at| at < 90).collect()), ..all[0].clone() }];
+    let [whole, part] = [short, masked].map(|documents| compare(&artifact, &reference, &documents, &options(), |_| {}).unwrap());
+    assert_eq!((whole.evaluation.tokens, part.evaluation.tokens), (90, 90));
+    assert_eq!((whole.evaluation.nll_per_token, whole.kl_mean, whole.kl_max), (part.evaluation.nll_per_token, part.kl_mean, part.kl_max));
+    assert_eq!((whole.top1_agreement, whole.worst_tokens), (part.top1_agreement, part.worst_tokens));
 }
 
 #[test]
