@@ -162,31 +162,39 @@ static __device__ inline uint32_t ordered(float x) {
 }
 
 // Ranks of pages for the heads of a group together: larger is read first.
-//   turns = 0: the largest score of a head
-//   turns > 0: the best place that the page has in the order of a head, the earlier page first among equals; 0 for pages that are not among
-//   the first `turns` of any head.
-// Grid [kv_heads, rows, ceil(pages / 256)], block of 256.   scores: [rows, heads, stride]   ranks: [rows, kv_heads, stride]
-extern "C" __global__ void __launch_bounds__(SELECT_THREADS)
-    rank_pages(const float *scores, uint32_t *ranks, uint32_t pages, uint32_t stride, uint32_t group, uint32_t turns) {
-    size_t line = (size_t)blockIdx.y * gridDim.x + blockIdx.x;
-    const float *own = scores + line * group * stride;
-    uint32_t page = blockIdx.z * SELECT_THREADS + threadIdx.x, rank = 0;
-    if (page >= pages) return;
+//   by_share = 0: the largest score of a head; 1: shares of each head's softmax over the scores of all pages, added up over the heads.
+// Grid [kv_heads, rows], block of whole warps.   scores: [rows, heads, stride]   ranks: [rows, kv_heads, stride]
+extern "C" __global__ void __launch_bounds__(1024)
+    rank_pages(const float *scores, uint32_t *ranks, uint32_t pages, uint32_t stride, uint32_t group, uint32_t by_share) {
+    SHARED_ARRAY(float, shared, 32);
+    const float *own = scores + ((size_t)blockIdx.y * gridDim.x + blockIdx.x) * group * stride;
+    uint32_t *out = ranks + ((size_t)blockIdx.y * gridDim.x + blockIdx.x) * stride;
+    if (!by_share) {
+        for (uint32_t page = threadIdx.x; page < pages; page += blockDim.x) {
+            uint32_t most = 0;
+            for (uint32_t head = 0; head < group; head++) most = max(most, ordered(own[(size_t)head * stride + page]));
+            out[page] = most;
+        }
+        return;
+    }
     for (uint32_t head = 0; head < group; head++) {
         const float *score = own + (size_t)head * stride;
-        uint32_t mine = ordered(score[page]);
-        if (turns == 0) {
-            rank = max(rank, mine);
-            continue;
+        // Of two infinities the difference is none.
+        auto weight = [&](float x, float origin) { return x == origin ? 1.0f : expf(x - origin); };
+        float highest = -INFINITY, sum = 0;
+        for (uint32_t page = threadIdx.x; page < pages; page += blockDim.x) {
+            float x = score[page], before = highest;
+            highest = fmaxf(highest, x);
+            sum = fmaf(sum, weight(before, highest), weight(x, highest));
         }
-        uint32_t place = 0;
-        for (uint32_t other = 0; other < pages && place < turns; other++) {
-            uint32_t theirs = ordered(score[other]);
-            place += theirs > mine || (theirs == mine && other < page);
+        float largest = block_max(highest, shared);
+        sum = block_sum(sum * weight(highest, largest), shared);
+        // Bits of numbers that are not negative have their order; a thread sees its own pages only.
+        for (uint32_t page = threadIdx.x; page < pages; page += blockDim.x) {
+            float before = head == 0 ? 0.0f : __uint_as_float(out[page]);
+            out[page] = __float_as_uint(before + weight(score[page], largest) / sum);
         }
-        rank = max(rank, place < turns ? 0xffffffffu - place : 0);
     }
-    ranks[line * stride + page] = rank;
 }
 KERNEL(rank_pages);
 

@@ -41,11 +41,11 @@ fn lion_muon(recipe: &mut Recipe, period: u64) {
 fn rules() -> Vec<Arm> {
     vec![
         arm("AdamW", 3e-3, |recipe| recipe.optim.rule = RuleName::Adamw),
-        arm("Lion", 1e-4, |recipe| recipe.optim.rule = RuleName::Lion),
+        arm("Lion", 5e-5, |recipe| recipe.optim.rule = RuleName::Lion),
         arm("Muon", 4e-3, |recipe| recipe.optim.rule = RuleName::Muon),
         arm("LionMuon P=1", 8e-3, |recipe| lion_muon(recipe, 1)),
         arm("LionMuon P=2", 8e-3, |recipe| lion_muon(recipe, 2)),
-        arm("LionMuon P=5", 6e-3, |recipe| lion_muon(recipe, 5)),
+        arm("LionMuon P=5", 3e-3, |recipe| lion_muon(recipe, 5)),
         arm("NorMuon", 8e-3, |recipe| recipe.optim.rule = RuleName::NorMuon),
         arm("Distance-Aware Muon", 8e-3, |recipe| recipe.optim.rule = RuleName::DistanceAwareMuon),
     ]

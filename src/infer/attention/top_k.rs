@@ -1,18 +1,21 @@
-//! The pages that most likely hold the largest scores. As in InfLLM-V2 (arXiv:2509.24663) the first page and the latest ones are always
-//! read. The others are named by the heads of the group in turn, each by its own order: added up, shares of a softmax let one head that is
-//! sure of itself crowd out the second choice of another. The order is by estimates from boxes around 16 keys; where a text has many more
-//! pages than are read, only those are estimated that some head puts first by the bounds of whole pages.
+//! The pages that most likely hold the most weight. As in InfLLM-V2 (arXiv:2509.24663) the first page and the latest ones are always read,
+//! the rest are ranked by their share of a softmax over pages, and the heads of a group add up their shares. The softmax is over estimates
+//! of the largest score instead of pooled keys. Where a text has many more pages than are read, only those are estimated that come first by
+//! the bounds of whole pages.
 
-use super::{GroupQuery, PageTable, Policy};
+use super::{GroupQuery, PageTable, Policy, take_largest};
 use crate::error::Error;
+use crate::multiversion;
 use crate::ops::cpu::attention::TileSet;
+use crate::ops::cpu::math::exp;
+use crate::ops::cpu::reduce;
 use std::fmt;
 use std::str::FromStr;
 
 /// Pages that a share of them is at least: 512 tokens. Below that nothing is gained by reading less.
 const FEWEST: usize = 8;
 
-/// Pages that are estimated per head and page that is read.
+/// Pages that are estimated for each that is read.
 const CANDIDATES: usize = 4;
 
 /// How much is read.
@@ -85,63 +88,47 @@ impl Policy for TopK {
         let mut chosen: TileSet = (0..self.first.min(pages)).chain(pages.saturating_sub(self.local)..pages).collect();
         if budget > chosen.len() {
             let candidates = candidates(query, table, CANDIDATES * budget);
-            let estimates = scores(query, &candidates, |page, estimates| table.score_estimates(page, query, estimates));
-            let places = places(&estimates, query.heads().len(), budget);
-            let mut order: Vec<usize> = (0..candidates.len()).collect();
-            order.sort_by_key(|&candidate| places[candidate]);
-            for candidate in order {
-                if chosen.len() == budget {
-                    break;
-                }
-                chosen.insert(candidates[candidate]);
-            }
+            let estimates = shares(query, &candidates, |page, estimates| table.score_estimates(page, query, estimates));
+            let mut scores = vec![f64::NEG_INFINITY; pages];
+            candidates.iter().zip(estimates).for_each(|(page, share)| scores[page] = share);
+            take_largest(&scores, budget - chosen.len(), &mut chosen);
         }
         chosen
     }
 }
 
-/// Pages among the `most` with the largest bounds of some head.
-fn candidates(query: &GroupQuery<'_>, table: &dyn PageTable, most: usize) -> Vec<usize> {
-    let all: Vec<usize> = (0..table.num_pages()).collect();
+/// The `most` pages that come first by their bounds.
+fn candidates(query: &GroupQuery<'_>, table: &dyn PageTable, most: usize) -> TileSet {
+    let all = TileSet::below(table.num_pages());
     if all.len() <= most {
         return all;
     }
-    let bounds = scores(query, &all, |page, bounds| table.score_bounds(page, query, bounds));
-    let places = places(&bounds, query.heads().len(), most);
-    all.into_iter().filter(|page| places[*page] < most).collect()
+    let mut chosen = TileSet::default();
+    take_largest(&shares(query, &all, |page, bounds| table.score_bounds(page, query, bounds)), most, &mut chosen);
+    chosen
 }
 
-/// `[pages, heads]`
-fn scores(query: &GroupQuery<'_>, pages: &[usize], mut score: impl FnMut(usize, &mut [f32])) -> Vec<f32> {
+/// The share that each of `pages` has of a softmax over what `score` says of them, added up over the heads.
+fn shares(query: &GroupQuery<'_>, pages: &TileSet, mut score: impl FnMut(usize, &mut [f32])) -> Vec<f64> {
     let heads = query.heads().len();
     let mut scores = vec![0.0; heads * pages.len()];
-    pages.iter().zip(scores.chunks_exact_mut(heads)).for_each(|(page, scores)| score(*page, scores));
-    scores
+    pages.iter().zip(scores.chunks_exact_mut(heads)).for_each(|(page, scores)| score(page, scores));
+    let (mut shares, mut weights) = (vec![0.0; pages.len()], vec![0.0; pages.len()]);
+    for head in 0..heads {
+        weights.iter_mut().zip(scores.iter().skip(head).step_by(heads)).for_each(|(weight, score)| *weight = *score);
+        add_shares(&mut weights, &mut shares);
+    }
+    shares
 }
 
-/// The best place that each page has in the order of a head, from 0, where that is below `count`; the earlier page comes first among
-/// equals, and what is not a number before all others: nothing is known of it.
-fn places(scores: &[f32], heads: usize, count: usize) -> Vec<usize> {
-    let pages = scores.len() / heads;
-    let mut places = vec![usize::MAX; pages];
-    let mut order: Vec<usize> = Vec::with_capacity(pages);
-    for head in 0..heads {
-        let score = |page: usize| {
-            let score = scores[page * heads + head];
-            // Adding zero makes both zeros equal.
-            if score.is_nan() { f32::INFINITY } else { score + 0.0 }
-        };
-        let largest_first = |a: &usize, b: &usize| score(*b).total_cmp(&score(*a)).then(a.cmp(b));
-        order.clear();
-        order.extend(0..pages);
-        if count < pages {
-            order.select_nth_unstable_by(count, largest_first);
-            order.truncate(count);
-        }
-        order.sort_unstable_by(largest_first);
-        order.iter().enumerate().for_each(|(place, page)| places[*page] = places[*page].min(place));
+multiversion! {
+    /// Adds the softmax of `scores`, which are overwritten.
+    fn add_shares(scores: &mut [f32], shares: &mut [f64]) {
+        let largest = reduce::max(scores);
+        scores.iter_mut().for_each(|score| *score = exp(*score - largest));
+        let factor = 1.0 / f64::from(reduce::sum(scores));
+        shares.iter_mut().zip(scores).for_each(|(share, weight)| *share += f64::from(*weight) * factor);
     }
-    places
 }
 
 #[cfg(test)]
@@ -163,17 +150,10 @@ mod tests {
     }
 
     #[test]
-    fn heads_name_pages_in_turn() {
-        let policy = |pages| TopK { budget: Budget::Pages(pages), first: 0, local: 0 };
-        // The first head is sure of page 2, then 3; the second spreads over all, though its scores are larger.
-        let bounds = [[0.0, 50.0], [0.0, 49.0], [20.0, 48.0], [15.0, 47.0], [1.0, 46.0]];
-        assert_eq!(chosen(policy(1), &bounds), [0]);
-        assert_eq!(chosen(policy(2), &bounds), [0, 2]);
-        assert_eq!(chosen(policy(3), &bounds), [0, 1, 2]);
-        assert_eq!(chosen(policy(4), &bounds), [0, 1, 2, 3]);
-        // What is not known is read.
-        assert_eq!(chosen(policy(1), &[[0.0, 1.0], [0.0, 1.0], [f32::NAN, 0.0]]), [0]);
-        assert_eq!(chosen(policy(2), &[[0.0, 1.0], [0.0, 1.0], [f32::NAN, 0.0]]), [0, 2]);
+    fn shares_are_compared_across_heads() {
+        let policy = TopK { budget: Budget::Pages(1), first: 0, local: 0 };
+        // The first head is sure of page 2; the second spreads over the others, though its scores are larger.
+        assert_eq!(chosen(policy, &[[0.0, 50.0], [0.0, 50.0], [20.0, 49.0]]), [2]);
     }
 
     #[test]

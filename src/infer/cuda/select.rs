@@ -84,16 +84,8 @@ impl<D: Device> Selector<D> {
         Pages { rows, count: own, stride: self.stride }
     }
 
-    /// Bounds and ranks of the pages before `own` for `pages.rows` rows of `queries` from the given one on, of which `budget` are read.
-    fn rank(
-        &self,
-        device: &D,
-        cache: &Cache<D>,
-        layer: usize,
-        (queries, first_row): (&Buffer<D, f32>, usize),
-        pages: Pages,
-        budget: usize,
-    ) -> Result<()> {
+    /// Bounds and ranks of the pages before `own` for `pages.rows` rows of `queries` from the given one on.
+    fn rank(&self, device: &D, cache: &Cache<D>, layer: usize, (queries, first_row): (&Buffer<D, f32>, usize), pages: Pages) -> Result<()> {
         let (boxes, table) = cache.boxes(layer);
         let inputs = BoundsInputs { queries, first_row, boxes, table };
         if let Some(bounds) = &self.bounds {
@@ -102,7 +94,7 @@ impl<D: Device> Selector<D> {
         let Some(ranks) = &self.ranks else { return Ok(()) };
         if let Some(estimates) = &self.estimates {
             kernels::page_estimates(device, &self.shape, pages, &inputs, estimates)?;
-            return kernels::rank_pages(device, &self.shape, pages, Ranking::Turns(budget), estimates, ranks);
+            return kernels::rank_pages(device, &self.shape, pages, Ranking::Share, estimates, ranks);
         }
         let bounds = self.bounds.as_ref().expect("what is ranked without estimates is ranked by bounds");
         kernels::rank_pages(device, &self.shape, pages, Ranking::Largest, &bounds.scores, ranks)
@@ -119,7 +111,7 @@ impl<D: Device> Selector<D> {
         selection: Selection,
     ) -> Result<()> {
         let pages = self.pages(1, own);
-        self.rank(device, cache, layer, (query, 0), pages, selection.budget)?;
+        self.rank(device, cache, layer, (query, 0), pages)?;
         let (entries, slots) = cache.tables(layer);
         let lists = Lists { entries, slots, lists: &self.lists, lengths: &self.lengths };
         let choices = Choices { chosen: &self.chosen, first_row: 0, lists: Some(lists) };
@@ -142,7 +134,7 @@ impl<D: Device> Selector<D> {
             let count = (rows - row).min((own + 1) * PAGE - first - row);
             let (pages, choices) = (self.pages(count, own), Choices { chosen: &self.chosen, first_row: row, lists: None });
             if let Some(selection) = selection(&self.attention, own) {
-                self.rank(device, cache, layer, (queries, row), pages, selection.budget)?;
+                self.rank(device, cache, layer, (queries, row), pages)?;
                 kernels::select_pages(device, &self.shape, pages, selection, self.ranks.as_ref(), &choices)?;
             } else {
                 let all = Selection { budget: own, sinks: own, window: 0 };

@@ -4,12 +4,11 @@ use crate::multiversion;
 use crate::ops::cpu::reduce::{self, LANES};
 use half::f16;
 
-/// Consecutive keys in the boxes that estimates come from: a box around more unlike keys says little about any of them. The page of Quest
-/// (arXiv:2406.10774).
-pub(crate) const RUN: usize = 16;
+/// Consecutive keys in the boxes that estimates come from: a box around more unlike keys says little about any of them.
+pub(crate) const RUN: usize = 8;
 
-/// Half a box's diagonal, weighted by the query, is the deviation of a product if the key lies at a corner at random. Among 16 keys twice
-/// that is reached about once.
+/// How many deviations above its middle a box is taken to reach. A deviation is that of a product if the key lies at a corner at random:
+/// half the box's diagonal, weighted by the query. Chosen by what was found with it (docs/decisions.md).
 const DEVIATIONS: f32 = 2.0;
 
 /// Adds the least and the largest of each channel of `keys` (`[tokens, head_dim]`): `[2, head_dim]`. What is not a number stays.

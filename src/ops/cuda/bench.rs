@@ -2,8 +2,8 @@
 //! drained before and after; bytes are those a kernel must move at least.
 
 use super::attention::{
-    BoundsInputs, Boxes, Choices, DecodeBuffers, DecodeInputs, EXACT, Lists, Near, PAGE, Pages, PrefillInputs, Ranking, Rows,
-    Selection, Shape, append, box_bytes, decode, encode, exact_page_bytes, num_splits, page_estimates, prefill, rank_pages, select_pages,
+    BoundsInputs, Boxes, Choices, DecodeBuffers, DecodeInputs, EXACT, Lists, Near, PAGE, Pages, PrefillInputs, Ranking, Rows, Selection,
+    Shape, append, box_bytes, decode, encode, exact_page_bytes, num_splits, page_estimates, prefill, rank_pages, select_pages,
 };
 use super::check::noise;
 use super::dense::{HalfMatrix, HalfRows};
@@ -334,7 +334,7 @@ impl<'a, D: Device> Caches<'a, D> {
 }
 
 /// Boxes of a page that estimates come from.
-const BOXES: usize = 4;
+const BOXES: usize = 8;
 
 /// The choice of a quarter of the pages by estimates.
 struct Quarter<D: Device> {
@@ -369,11 +369,10 @@ impl<D: Device> Quarter<D> {
         let boxes = Boxes::Stored { boxes: &self.boxes, per_page: BOXES };
         let inputs = BoundsInputs { queries, first_row: 0, boxes, table: &self.slots };
         page_estimates(device, shape, self.pages, &inputs, &self.estimates)?;
-        let budget = self.pages.stride.div_ceil(4);
-        rank_pages(device, shape, self.pages, Ranking::Turns(budget), &self.estimates, &self.ranks)?;
-                let lists = Lists { entries, slots: &self.slots, lists: &self.lists, lengths: &self.lengths };
+        rank_pages(device, shape, self.pages, Ranking::Share, &self.estimates, &self.ranks)?;
+        let lists = Lists { entries, slots: &self.slots, lists: &self.lists, lengths: &self.lengths };
         let choices = Choices { chosen: &self.chosen, first_row: 0, lists: Some(lists) };
-        let selection = Selection { budget, sinks: 1, window: 1 };
+        let selection = Selection { budget: self.pages.stride.div_ceil(4), sinks: 1, window: 1 };
         select_pages(device, shape, self.pages, selection, Some(&self.ranks), &choices)
     }
 }

@@ -24,6 +24,6 @@ pub use layout::{EXACT, Near, PAGE, Shape, exact_page, exact_page_bytes, exact_r
 pub use prefill::{Masks, PrefillInputs, prefill};
 pub use rotate::{Turn, rotate};
 pub use select::{
-    Bounds, BoundsInputs, Boxes, Choices, Lists, Pages, Ranking, Selection, box_bytes, page_bounds, page_boxes, page_estimates, rank_pages, select_pages,
-    unite_rows, unread_bound,
+    Bounds, BoundsInputs, Boxes, Choices, Lists, Pages, Ranking, Selection, box_bytes, page_bounds, page_boxes, page_estimates, rank_pages,
+    select_pages, unite_rows, unread_bound,
 };

@@ -129,8 +129,8 @@ pub fn page_estimates<D: Device>(
 pub enum Ranking {
     /// The largest score of a head of the group.
     Largest,
-    /// The best place in the order of a head; so many pages of each head have one.
-    Turns(usize),
+    /// Shares of each head's softmax over the scores of all pages, added up over the heads of the group.
+    Share,
 }
 
 /// Writes `ranks` (`[rows, kv_heads, stride]`): larger is read first. `scores`: `[rows, heads, stride]`.
@@ -143,13 +143,8 @@ pub fn rank_pages<D: Device>(
     ranks: &Buffer<D, u32>,
 ) -> Result<()> {
     let [count, stride] = pages.arguments()?;
-    let turns = match ranking {
-        Ranking::Largest => 0,
-        Ranking::Turns(pages) => fits(pages.max(1), "pages")?,
-    };
-    let args = arguments![scores, ranks, count, stride, fits(shape.group, "group")?, turns];
-    let [heads, rows, _] = pages.grid(shape.kv_heads)?;
-    device.launch("rank_pages", [heads, rows, count.div_ceil(256)], [256, 1, 1], 0, args)
+    let args = arguments![scores, ranks, count, stride, fits(shape.group, "group")?, u32::from(ranking == Ranking::Share)];
+    device.launch("rank_pages", pages.grid(shape.kv_heads)?, pages.block(1024), 0, args)
 }
 
 /// How many pages a row reads beside its own.
@@ -267,15 +262,19 @@ mod tests {
     }
 
     /// What a group's pages are worth.
-    fn worth(ranking: Ranking, scores: &[&[f32]]) -> Vec<f64> {
-        let page_worth = |head: &[f32], page: usize| match ranking {
-            Ranking::Largest => f64::from(head[page]),
-            Ranking::Turns(turns) => {
-                let is_before = |other: usize| head[other] > head[page] || (head[other] == head[page] && other < page);
-                -((0..head.len()).filter(|other| is_before(*other)).count().min(turns) as f64)
-            }
+    fn worth(ranking: Ranking, bounds: &[&[f32]]) -> Vec<f64> {
+        let of_head = |head: &[f32]| -> Vec<f64> {
+            let largest = head.iter().fold(f32::NEG_INFINITY, |most, bound| most.max(*bound));
+            let sum: f64 = head.iter().map(|bound| f64::from(bound - largest).exp()).sum();
+            head.iter().map(|bound| f64::from(bound - largest).exp() / sum).collect()
         };
-        (0..scores[0].len()).map(|page| scores.iter().map(|head| page_worth(head, page)).fold(f64::NEG_INFINITY, f64::max)).collect()
+        let heads: Vec<Vec<f64>> = match ranking {
+            Ranking::Largest => bounds.iter().map(|head| head.iter().map(|bound| f64::from(*bound)).collect()).collect(),
+            Ranking::Share => bounds.iter().map(|head| of_head(head)).collect(),
+        };
+        let add = |a: f64, b: f64| if ranking == Ranking::Largest { a.max(b) } else { a + b };
+        let first = if ranking == Ranking::Largest { f64::NEG_INFINITY } else { 0.0 };
+        (0..bounds[0].len()).map(|page| heads.iter().map(|head| head[page]).fold(first, add)).collect()
     }
 
     const CASES: [(usize, Selection); 8] = [
@@ -294,11 +293,17 @@ mod tests {
         let Some(device) = Emulated::new() else { return };
         let (mut draw, shape) = (Draw::new(21), Shape { kv_heads: 2, group: 3, head_dim: 16 });
         for (index, (count, selection)) in CASES.into_iter().enumerate() {
-            let (rows, ranking) = (1 + index % 3, if index % 2 == 0 { Ranking::Largest } else { Ranking::Turns(selection.budget) });
+            let (rows, ranking) = (1 + index % 3, if index % 2 == 0 { Ranking::Largest } else { Ranking::Share });
             let pages = Pages { rows, count, stride: count + 2 };
             let lines = rows * shape.kv_heads;
-            // Few distinct values, so that ties decide.
-            let scores: Vec<f32> = (0..3 * lines * pages.stride).map(|_| (draw.normal() * 2.0).round() - 1.0).collect();
+            // Few distinct values, so that ties decide; alike in all heads where sums of shares would round.
+            let mut scores: Vec<f32> = (0..3 * lines * pages.stride).map(|_| (draw.normal() * 2.0).round() - 1.0).collect();
+            if ranking == Ranking::Share {
+                scores.chunks_mut(3 * pages.stride).for_each(|group| {
+                    let (first, rest) = group.split_at_mut(pages.stride);
+                    rest.chunks_mut(pages.stride).for_each(|head| head.copy_from_slice(first));
+                });
+            }
             let device_scores = device.upload(&scores).unwrap();
             let mut table = || (0..2 * pages.stride).map(|_| draw.below(1 << 20) as u32).collect::<Vec<u32>>();
             let (entries, slots) = (table(), table());
@@ -378,7 +383,7 @@ mod tests {
             check_bounds(&cache, queries, &scores, &norms, pages.stride);
 
             let ranks = device.alloc(2 * pages.stride).unwrap();
-            rank_pages(&device, &shape, pages, Ranking::Turns(5), &bounds.scores, &ranks).unwrap();
+            rank_pages(&device, &shape, pages, Ranking::Share, &bounds.scores, &ranks).unwrap();
             let (lists, lengths) = (device.zeros(2 * pages.stride).unwrap(), device.zeros(2).unwrap());
             let mask = device.zeros(2 * pages.words()).unwrap();
             let (entries, slots) =
@@ -443,7 +448,8 @@ mod tests {
             let targets = device.upload(&targets).unwrap();
             page_boxes(&device, &shape, per_page, &cache.exact, &stored, &sources, &targets, count).unwrap();
         }
-        let (queries_there, table) = (device.upload(&queries).unwrap(), device.upload(&(0..2 * stride as u32).collect::<Vec<_>>()).unwrap());
+        let (queries_there, table) =
+            (device.upload(&queries).unwrap(), device.upload(&(0..2 * stride as u32).collect::<Vec<_>>()).unwrap());
         let boxes = Boxes::Stored { boxes: &stored, per_page };
         let inputs = BoundsInputs { queries: &queries_there, first_row: 0, boxes, table: &table };
         let estimates = device.alloc(4 * stride).unwrap();
