@@ -70,39 +70,66 @@ struct StoredBox {
     static __device__ float value_norm(const uint8_t *box, uint32_t) { return ((const float *)box)[0]; }
 };
 
-// A warp per page; see the kernels below.
-template <class Box>
-static __device__ void page_bounds(const float *queries, const uint8_t *page_boxes, const uint32_t *table, float *bounds,
-                                   float *value_norms, uint32_t pages, uint32_t stride, uint32_t group, uint32_t head_dim, uint32_t width,
-                                   uint32_t boxes) {
-    uint32_t lane = threadIdx.x % 32, page = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, kv_head = blockIdx.y, row = blockIdx.z;
+// At least the product of a query with any key in a box.
+struct LargestProduct {
+    float sum = 0, sizes = 0;
+    __device__ void add(float query, Interval side) {
+        // A channel that the query does not look at cannot add anything, not even an infinity.
+        if (query == 0) return;
+        sum += fmaxf(query * side.low, query * side.high);
+        sizes += fabsf(query) * fmaxf(fabsf(side.low), fabsf(side.high));
+    }
+    __device__ float total(uint32_t head_dim) {
+        // Rounding of this sum and of the scores it bounds.
+        return warp_sum(sum) + warp_sum(sizes) * (float)(head_dim + 16) * (1.0f / 4194304);
+    }
+};
+
+// The product with the middle of a box and twice the deviation of a product if the key lies at a corner at random.
+struct LikelyProduct {
+    float product = 0, square = 0;
+    __device__ void add(float query, Interval side) {
+        float half = query * ((side.high - side.low) * 0.5f);
+        product = fmaf(query, (side.low + side.high) * 0.5f, product);
+        square = fmaf(half, half, square);
+    }
+    __device__ float total(uint32_t) { return warp_sum(product) + 2.0f * sqrtf(warp_sum(square)); }
+};
+
+static __device__ inline uint32_t page_of_warp() { return blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; }
+
+// What Product says of the boxes of a page, the largest of them. A warp per page; see the kernels below.
+template <class Box, class Product>
+static __device__ void score_pages(const float *queries, const uint8_t *page_boxes, const uint32_t *table, float *scores, uint32_t pages,
+                                   uint32_t stride, uint32_t group, uint32_t head_dim, uint32_t width, uint32_t boxes) {
+    uint32_t lane = threadIdx.x % 32, page = page_of_warp(), kv_head = blockIdx.y, row = blockIdx.z;
     if (page >= pages) return;
     const uint8_t *box = page_boxes + (size_t)table[kv_head * stride + page] * Box::bytes(width, boxes);
-    float norm = Box::value_norm(box, lane);
-    if (lane == 0 && row == 0) value_norms[kv_head * stride + page] = norm;
     for (uint32_t head = kv_head * group; head < (kv_head + 1) * group; head++) {
         size_t line = (size_t)row * gridDim.y * group + head;
         float largest = -INFINITY;
         for (uint32_t run = 0; run < boxes; run++) {
-            float sum = 0, sizes = 0;
-            for (uint32_t channel = lane; channel < head_dim; channel += 32) {
-                float query = queries[line * head_dim + channel];
-                Interval side = Box::channel(box, run, channel, width);
-                // A channel that the query does not look at cannot add anything, not even an infinity.
-                float most = query == 0 ? 0.0f : fmaxf(query * side.low, query * side.high);
-                float size = query == 0 ? 0.0f : fabsf(query) * fmaxf(fabsf(side.low), fabsf(side.high));
-                sum += most;
-                sizes += size;
-            }
-            sum = warp_sum(sum);
-            sizes = warp_sum(sizes);
-            // Rounding of this sum and of the scores it bounds.
-            sum += sizes * (float)(head_dim + 16) * (1.0f / 4194304);
+            Product product;
+            for (uint32_t channel = lane; channel < head_dim; channel += 32)
+                product.add(queries[line * head_dim + channel], Box::channel(box, run, channel, width));
+            float found = product.total(head_dim);
             // What is not a number stays.
-            largest = sum <= largest ? largest : sum;
+            largest = found <= largest ? largest : found;
         }
-        if (lane == 0) bounds[line * stride + page] = largest / sqrtf((float)head_dim);
+        if (lane == 0) scores[line * stride + page] = largest / sqrtf((float)head_dim);
     }
+}
+
+template <class Box>
+static __device__ void page_bounds(const float *queries, const uint8_t *page_boxes, const uint32_t *table, float *bounds,
+                                   float *value_norms, uint32_t pages, uint32_t stride, uint32_t group, uint32_t head_dim, uint32_t width,
+                                   uint32_t boxes) {
+    uint32_t lane = threadIdx.x % 32, page = page_of_warp(), place = blockIdx.y * stride + page;
+    if (page < pages && blockIdx.z == 0) {
+        float norm = Box::value_norm(page_boxes + (size_t)table[place] * Box::bytes(width, boxes), lane);
+        if (lane == 0) value_norms[place] = norm;
+    }
+    score_pages<Box, LargestProduct>(queries, page_boxes, table, bounds, pages, stride, group, head_dim, width, boxes);
 }
 
 // bounds[row][head][page] >= the largest score of the page's tokens; value_norms[kv_head][page] >= the largest norm of its values.
@@ -122,33 +149,12 @@ extern "C" __global__ void page_bounds_box(const float *queries, const uint8_t *
 }
 KERNEL(page_bounds_box);
 
-// How large a head's largest score with a key of a page is likely to be: the largest over the page's boxes of the product with the box's
-// middle and twice the deviation of a product if the key lies at a corner at random. Grid [ceil(pages / 4), kv_heads, rows], block of 128.
+// How large a head's largest score with a key of a page is likely to be. Grid [ceil(pages / 4), kv_heads, rows], block of 128.
 //   queries: [rows, heads, head_dim]   table: [kv_heads, stride] slots of boxes   estimates: [rows, heads, stride]
 extern "C" __global__ void page_estimates(const float *queries, const uint8_t *page_boxes, const uint32_t *table, float *estimates,
                                           uint32_t pages, uint32_t stride, uint32_t group, uint32_t head_dim, uint32_t width,
                                           uint32_t boxes) {
-    uint32_t lane = threadIdx.x % 32, page = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, kv_head = blockIdx.y, row = blockIdx.z;
-    if (page >= pages) return;
-    const uint8_t *box = page_boxes + (size_t)table[kv_head * stride + page] * StoredBox::bytes(width, boxes);
-    for (uint32_t head = kv_head * group; head < (kv_head + 1) * group; head++) {
-        size_t line = (size_t)row * gridDim.y * group + head;
-        float largest = -INFINITY;
-        for (uint32_t run = 0; run < boxes; run++) {
-            float product = 0, square = 0;
-            for (uint32_t channel = lane; channel < head_dim; channel += 32) {
-                float query = queries[line * head_dim + channel];
-                Interval side = StoredBox::channel(box, run, channel, width);
-                float half = query * ((side.high - side.low) * 0.5f);
-                product = fmaf(query, (side.low + side.high) * 0.5f, product);
-                square = fmaf(half, half, square);
-            }
-            float likely = warp_sum(product) + 2.0f * sqrtf(warp_sum(square));
-            // What is not a number stays.
-            largest = likely <= largest ? largest : likely;
-        }
-        if (lane == 0) estimates[line * stride + page] = largest / sqrtf((float)head_dim);
-    }
+    score_pages<StoredBox, LikelyProduct>(queries, page_boxes, table, estimates, pages, stride, group, head_dim, width, boxes);
 }
 KERNEL(page_estimates);
 

@@ -7,7 +7,7 @@ use crate::data::Batch;
 use crate::error::{Error, Result};
 use crate::infer::kv::codec::bench as codec;
 use crate::model::{Decoder, GradientBuffers, Parameters, Spec, flops, init::initialize};
-use crate::ops::cpu::bench::{Measurement, Shape, dense, ternary};
+use crate::ops::cpu::bench::{Measurement, Shape, dense, median, ternary};
 use crate::ops::rng::Stream;
 use crate::optim::{Optimizer, RuleName};
 use crate::recipe::{Origin, Recipe, assemble, load};
@@ -172,11 +172,6 @@ fn train(command: &Bench, printer: &Printer) -> Result<Status> {
         figures.gflops,
     ))?;
     Ok(Status::Done)
-}
-
-fn median(mut times: Vec<Duration>) -> Duration {
-    times.sort();
-    times.get(times.len() / 2).copied().unwrap_or_default()
 }
 
 /// How often the recipe's batch is accumulated in the steps that an update is compared with.

@@ -21,7 +21,7 @@ const WEIGHTS: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 const ADAPTER_WEIGHTS: &str = "adapter_model.safetensors";
 /// What else a model is made of, where its repository has it.
-const COMPANIONS: [&str; 4] = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"];
+pub const COMPANIONS: [&str; 4] = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"];
 /// Endings of files: `corpora/text.jsonl` is a path that does not exist.
 const FILE_ENDINGS: [&str; 7] = [".gguf", ".json", ".jsonl", ".jinja", ".safetensors", ".toml", ".txt"];
 /// A machine without a network says so within this time.
@@ -40,7 +40,7 @@ struct Hub {
 /// # Errors
 /// When nothing lies at `path` and it is the name of a model that cannot be had; the message says why.
 pub fn resolve(path: &Path) -> Result<Cow<'_, Path>> {
-    match name(path).filter(|_| !path.exists() && !first_folder_exists(path)) {
+    match name(path).filter(|_| is_name(path)) {
         Some(name) => Hub::from_env()?.folder(name).map(Cow::Owned),
         None => Ok(Cow::Borrowed(path)),
     }

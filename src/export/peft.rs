@@ -309,7 +309,7 @@ pub fn export(folder: &Path, out: &Path) -> Result<u64> {
         let put = |name: &str, bytes: &[u8]| std::fs::write(at.join(name), bytes).map_err(Error::io("write", at.join(name)));
         put(CONFIG, text.as_bytes())?;
         put(WEIGHTS, &weights)?;
-        for name in ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"] {
+        for name in hub::COMPANIONS {
             if let Ok(bytes) = std::fs::read(folder.join(name)) {
                 put(name, &bytes)?;
             }

@@ -4,7 +4,7 @@ use super::cache::{Counters, Options};
 use super::engine::Engine;
 use super::session::Session;
 use crate::error::Result;
-use crate::ops::cpu::bench::read_bandwidth;
+use crate::ops::cpu::bench::{median, read_bandwidth};
 use serde::Serialize;
 use std::time::{Duration, Instant};
 
@@ -102,7 +102,7 @@ pub fn measure_at(engine: &Engine, options: Options, context: usize, steps: usiz
         attention.push(session.times().attention - times.attention);
         choosing.push(session.times().choosing - times.choosing);
     }
-    let [whole, attention, choosing] = [whole, attention, choosing].map(median);
+    let [whole, attention, choosing] = [whole, attention, choosing].map(|times| median(times).as_secs_f64());
     let counters = session.counters().since(&before);
     let counted = (counters.bytes_read + counters.bytes_moved) as f64 / steps as f64;
     // Stores that read everything do not count.
@@ -122,10 +122,4 @@ pub fn measure_at(engine: &Engine, options: Options, context: usize, steps: usiz
         plain_gbytes_per_second: plain / 1e9,
         counters,
     })
-}
-
-/// In seconds.
-fn median(mut times: Vec<Duration>) -> f64 {
-    times.sort();
-    times[times.len() / 2].as_secs_f64()
 }

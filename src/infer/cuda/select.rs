@@ -5,8 +5,7 @@ use super::cache::Cache;
 use crate::error::Result;
 use crate::infer::attention::{Attention, GroupQuery, PageTable};
 use crate::infer::cache::Options;
-use crate::infer::kv::RUN;
-use crate::ops::cpu::attention::TileSet;
+use crate::ops::cpu::attention::{RUN, TileSet};
 use crate::ops::cuda::attention::{self as kernels, Bounds, BoundsInputs, Choices, Lists, Masks, PAGE, Pages, Ranking, Selection, Shape};
 use crate::ops::cuda::{Buffer, Device};
 

@@ -4,9 +4,6 @@ use crate::multiversion;
 use crate::ops::cpu::reduce::{self, LANES};
 use half::f16;
 
-/// Consecutive keys in the boxes that estimates come from: a box around more unlike keys says little about any of them.
-pub(crate) const RUN: usize = 8;
-
 /// How many deviations above its middle a box is taken to reach. A deviation is that of a product if the key lies at a corner at random:
 /// half the box's diagonal, weighted by the query. Chosen by what was found with it (docs/decisions.md).
 const DEVIATIONS: f32 = 2.0;

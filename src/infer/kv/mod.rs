@@ -10,8 +10,6 @@ mod pages;
 mod recovery;
 mod tiered;
 
-pub(super) use boxes::RUN;
-
 use super::cache::{Counters, Options};
 use crate::error::{Error, Result};
 use crate::ops::cpu::attention::{KeyValueTiles, TILE, TiledKeyValues, attend_cached, key_tile_len, padded};

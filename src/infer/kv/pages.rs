@@ -3,13 +3,13 @@
 //! Page p is coded when the first token of page p + 1 arrives. A query at position t sees the pages before t / 64 as they are coded and
 //! its own page as halves, however the text is cut into calls.
 
-use super::boxes::{RUN, largest_products, push_box, raise_estimates};
+use super::boxes::{largest_products, push_box, raise_estimates};
 use super::codec::{Certificate, Codec, Probe};
 use super::far::FarTier;
 use crate::error::{Error, Result};
 use crate::infer::attention::{GroupQuery, PageTable};
 use crate::multiversion;
-use crate::ops::cpu::attention::{KeyValueTiles, Line, Observer, ScoreError, TILE, TileSet, Visit, mix_decoded, score_decoded};
+use crate::ops::cpu::attention::{KeyValueTiles, Line, Observer, RUN, ScoreError, TILE, TileSet, Visit, mix_decoded, score_decoded};
 use crate::ops::cpu::prefetch::prefetch;
 use crate::ops::cpu::scratch::Scratch;
 use half::f16;

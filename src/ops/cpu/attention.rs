@@ -26,7 +26,8 @@ use std::borrow::Cow;
 use std::marker::PhantomData;
 use tiles::{HeadRows, write_scaled};
 pub use tiles::{
-    KeyValueTiles, TILE, TiledKeyValues, Visit, key_tile_len, mix_decoded, padded, score_decoded, store_key, store_value, value_tile_len,
+    KeyValueTiles, RUN, TILE, TiledKeyValues, Visit, key_tile_len, mix_decoded, padded, score_decoded, store_key, store_value,
+    value_tile_len,
 };
 
 /// Sizes of one attention over a batch of rows of equal length.

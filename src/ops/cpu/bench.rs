@@ -88,6 +88,12 @@ pub fn ternary(shape: Shape, budget: Duration) -> Vec<Measurement> {
     ]
 }
 
+/// The middle one of `times`; zero where there are none.
+pub fn median(mut times: Vec<Duration>) -> Duration {
+    times.sort();
+    times.get(times.len() / 2).copied().unwrap_or_default()
+}
+
 /// Bytes per second at which all threads together read memory when they do nothing else: the best pass over `bytes` within `budget`.
 pub fn read_bandwidth(bytes: usize, budget: Duration) -> f64 {
     let words: Vec<u32> = (0..bytes as u32 / 4).collect();

@@ -11,6 +11,7 @@ use super::norm::rms_norm;
 use super::ternary::{CodeRows, TernaryMatrix};
 use super::{Buffer, Device};
 use crate::error::Result;
+use crate::ops::cpu::attention::RUN;
 use crate::ops::cpu::ternary::PackedTernary;
 use half::f16;
 use serde::Serialize;
@@ -334,7 +335,7 @@ impl<'a, D: Device> Caches<'a, D> {
 }
 
 /// Boxes of a page that estimates come from.
-const BOXES: usize = 8;
+const BOXES: usize = PAGE / RUN;
 
 /// The choice of a quarter of the pages by estimates.
 struct Quarter<D: Device> {

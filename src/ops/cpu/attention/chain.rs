@@ -27,6 +27,16 @@ pub(crate) struct Rows {
     pub(crate) accumulate: bool,
 }
 
+/// What the pass over the `part`-th 64 columns asks the memory for: half of `ahead` each in the first two, so that no pass waits for all.
+pub(crate) fn ahead_in_part(ahead: &[u8], part: usize) -> &[u8] {
+    let (first, second) = ahead.split_at(ahead.len().min(ahead.len().div_ceil(2).next_multiple_of(LINE)));
+    match part {
+        0 => first,
+        1 => second,
+        _ => &[],
+    }
+}
+
 /// C (+)= A B over `steps`, where `load(step)` gives row `step` of B. Meanwhile asks the memory for `ahead`.
 ///
 /// # Safety

@@ -57,7 +57,7 @@ fn bytes_of(halves: &[f16]) -> &[u8] {
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::super::TILE;
-    use super::super::chain::{Rows, multiply};
+    use super::super::chain::{Rows, ahead_in_part, multiply};
     use half::f16;
     use std::arch::x86_64::*;
     use std::ops::Range;
@@ -79,7 +79,6 @@ mod x86 {
     #[target_feature(enable = "avx512f")]
     pub(super) unsafe fn mix(rows: Rows, tokens: Range<usize>, values: &[f16], ahead: &[u8]) {
         let width = values.len() / TILE;
-        let halves = ahead.len().min(ahead.len().div_ceil(2).next_multiple_of(64));
         let mut column = 0;
         while column < width {
             // SAFETY: the columns of each part end at or before the width.
@@ -88,14 +87,7 @@ mod x86 {
                 let from = |token: usize| values.as_ptr().add(token * width + column);
                 column += match width - column {
                     64.. => {
-                        let ahead = if column == 0 {
-                            &ahead[..halves]
-                        } else if column == 64 {
-                            &ahead[halves..]
-                        } else {
-                            &[]
-                        };
-                        multiply::<4>(part, tokens.clone(), ahead, |token| load(from(token)));
+                        multiply::<4>(part, tokens.clone(), ahead_in_part(ahead, column / 64), |token| load(from(token)));
                         64
                     }
                     32.. => {

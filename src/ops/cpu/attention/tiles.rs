@@ -10,6 +10,9 @@ use std::ops::Range;
 /// Positions per tile. Tiles start at multiples of it, counted from the start of the sequence.
 pub const TILE: usize = 64;
 
+/// Consecutive keys in the boxes from which the scores of a tile are estimated: a box around more unlike keys says little about any.
+pub const RUN: usize = 8;
+
 /// `head_dim` rounded up to whole vectors: the width of a value's row in a tile.
 pub const fn padded(head_dim: usize) -> usize {
     head_dim.next_multiple_of(LANES)

@@ -53,9 +53,18 @@ impl Pages {
         [self.count.next_multiple_of(32).clamp(32, most) as u32, 1, 1]
     }
 
+    /// A warp per page, four to a block.
+    fn warps(&self, shape: &Shape) -> Result<[u32; 3]> {
+        Ok([fits(self.count, "pages")?.div_ceil(4), fits(shape.kv_heads, "kv_heads")?, fits(self.rows, "tokens")?])
+    }
+
     fn grid(&self, first: usize) -> Result<[u32; 3]> {
         Ok([fits(first, "heads")?, fits(self.rows, "tokens")?, 1])
     }
+}
+
+fn widths(shape: &Shape) -> Result<[u32; 3]> {
+    Ok([fits(shape.group, "group")?, fits(shape.head_dim, "head_dim")?, fits(shape.width()?, "head_dim")?])
 }
 
 /// Boxes that hold the keys of pages.
@@ -99,12 +108,11 @@ pub fn page_bounds<D: Device>(device: &D, shape: &Shape, pages: Pages, inputs: &
         Boxes::Stored { boxes, per_page } => ("page_bounds_box", boxes, fits(per_page, "boxes")?),
     };
     let [count, stride] = pages.arguments()?;
-    let (group, head_dim, width) = (fits(shape.group, "group")?, fits(shape.head_dim, "head_dim")?, fits(shape.width()?, "head_dim")?);
+    let [group, head_dim, width] = widths(shape)?;
     let queries = inputs.queries.at(inputs.first_row * shape.heads() * shape.head_dim);
     let (scores, norms) = (&bounds.scores, &bounds.value_norms);
     let args = arguments![queries, boxes, inputs.table, scores, norms, count, stride, group, head_dim, width, per_page];
-    let grid = [count.div_ceil(4), fits(shape.kv_heads, "kv_heads")?, fits(pages.rows, "tokens")?];
-    device.launch(kernel, grid, [128, 1, 1], 0, args)
+    device.launch(kernel, pages.warps(shape)?, [128, 1, 1], 0, args)
 }
 
 /// Estimates each head's largest score with a key of a page from its stored boxes: `estimates`, `[rows, heads, stride]`.
@@ -117,11 +125,10 @@ pub fn page_estimates<D: Device>(
 ) -> Result<()> {
     let Boxes::Stored { boxes, per_page } = inputs.boxes else { panic!("coded pages have one box, which tells too little") };
     let [count, stride] = pages.arguments()?;
-    let (group, head_dim, width) = (fits(shape.group, "group")?, fits(shape.head_dim, "head_dim")?, fits(shape.width()?, "head_dim")?);
+    let [group, head_dim, width] = widths(shape)?;
     let queries = inputs.queries.at(inputs.first_row * shape.heads() * shape.head_dim);
     let args = arguments![queries, boxes, inputs.table, estimates, count, stride, group, head_dim, width, fits(per_page, "boxes")?];
-    let grid = [count.div_ceil(4), fits(shape.kv_heads, "kv_heads")?, fits(pages.rows, "tokens")?];
-    device.launch("page_estimates", grid, [128, 1, 1], 0, args)
+    device.launch("page_estimates", pages.warps(shape)?, [128, 1, 1], 0, args)
 }
 
 /// What pages are ordered by.

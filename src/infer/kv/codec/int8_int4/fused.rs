@@ -3,7 +3,7 @@
 
 use super::query::{Line, ROWS};
 use super::{GROUP, Layout, widen_all};
-use crate::ops::cpu::attention::chain::{Rows, multiply};
+use crate::ops::cpu::attention::chain::{Rows, ahead_in_part, multiply};
 use crate::ops::cpu::attention::{TILE, padded};
 use crate::ops::cpu::isa::{Isa, isa};
 use crate::ops::cpu::prefetch::prefetch;
@@ -125,7 +125,6 @@ unsafe fn mix(rows: Rows, tokens: Range<usize>, codes: &[u8], scales: &[f32], ze
     let groups = scales.len() / TILE;
     assert!(tokens.end <= TILE && scales.len() == groups * TILE && zeros.len() == scales.len(), "a scale per token and group");
     assert!(codes.len() == groups * TILE * (GROUP / 2), "half a byte per token and channel");
-    let halves = ahead.len().min(ahead.len().div_ceil(2).next_multiple_of(64));
     let mut group = 0;
     // SAFETY: tokens and groups are within what the assertions above found.
     unsafe {
@@ -140,14 +139,7 @@ unsafe fn mix(rows: Rows, tokens: Range<usize>, codes: &[u8], scales: &[f32], ze
         };
         while group + 2 <= groups {
             let part = Rows { c: rows.c.add(group * GROUP), ..rows };
-            let ahead = if group == 0 {
-                &ahead[..halves]
-            } else if group == 2 {
-                &ahead[halves..]
-            } else {
-                &[]
-            };
-            multiply::<4>(part, tokens.clone(), ahead, |token| {
+            multiply::<4>(part, tokens.clone(), ahead_in_part(ahead, group / 2), |token| {
                 let ([a, b], [c, d]) = (decode(token, group), decode(token, group + 1));
                 [a, b, c, d]
             });
